@@ -1,0 +1,280 @@
+"""Atomic files, node folders, checkpoints and manifests: what survives a kill at any moment.
+
+Every write goes to a temporary name, is flushed to disk and renamed. A folder counts only when its
+marker, written last, is there: `complete.json` for a checkpoint, `manifest.json` for a node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+COMPLETE = "complete.json"
+KILL_VARIABLE = "RLHF_KILL_AT"
+"""Fault injection for tests: `<boundary>:<text in the path>`, as in `before-rename:manifest`."""
+
+
+def boundary(name: str, where: Path | str) -> None:
+    """Die here by SIGKILL when the fault tests ask for it."""
+    wanted = os.environ.get(KILL_VARIABLE)
+    if wanted:
+        kind, _, text = wanted.partition(":")
+        if kind == name and text in str(where):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part."""
+    boundary("before-temp", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    boundary("before-rename", path)
+    temporary.replace(path)
+    fsync_path(path.parent)
+    boundary("after-rename", path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented, with a closing newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises ArtifactError naming the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing; run the node that writes it") from error
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} is not valid JSON ({error}); delete it and run again"
+        ) from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line; a missing file is an empty list."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Return a stable digest of a JSON value (sorted keys)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `target` when the block ends without an error."""
+    boundary("before-temp", target)
+    temporary = target.with_name(f".{target.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in sorted(temporary.rglob("*")):
+        fsync_path(path)
+    boundary("before-rename", target)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.replace(target)
+    fsync_path(target.parent)
+    boundary("after-rename", target)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A complete checkpoint: its folder, its step and the state its stage put there."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+class JsonlLog:
+    """An append-only JSONL file that can be cut back to a recorded size on resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.mirror: Callable[[Mapping[str, Any]], None] | None = None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row and hand it to the operating system."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.mirror is not None:
+            self.mirror(row)
+
+    def size(self) -> int:
+        """Return the size in bytes; 0 when there is no file."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Drop everything after `size` bytes, which a checkpoint recorded."""
+        if self.path.exists():
+            os.truncate(self.path, size)
+
+
+class NodeDir:
+    """The folder of one node: logs, checkpoints, the model, and the manifest, written last."""
+
+    def __init__(
+        self, path: Path, *, keep: int = 2, on_step: Callable[[int, int], None] | None = None
+    ):
+        self.path = path
+        self.metrics = JsonlLog(path / "metrics.jsonl")
+        self.samples = JsonlLog(path / "samples.jsonl")
+        self.checkpoints = path / "checkpoints"
+        self._keep = keep
+        self._on_step = on_step
+
+    @property
+    def model(self) -> Path:
+        """The folder of the finished model."""
+        return self.path / "model"
+
+    def step(self, step: int, total: int) -> None:
+        """Report a finished step: the runner shows it, renews the lease and may stop here."""
+        boundary(f"step-{step}", self.path)
+        if self._on_step is not None:
+            self._on_step(step, total)
+
+    @contextmanager
+    def checkpoint(self, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
+        """Write a checkpoint: fill the folder inside the block; older ones beyond `keep` go away.
+
+        `state` must be JSON; sizes of metrics.jsonl and samples.jsonl are recorded beside it.
+        """
+        target = self.checkpoints / f"step-{step:08d}"
+        with atomic_folder(target) as folder:
+            yield folder
+            files = {
+                str(path.relative_to(folder)): path.stat().st_size
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+            marker = {
+                "step": step,
+                "state": dict(state),
+                "metrics_size": self.metrics.size(),
+                "samples_size": self.samples.size(),
+                "files": files,
+            }
+            write_json(folder / COMPLETE, marker)
+        for old in sorted(self.checkpoints.glob("step-*"))[: -self._keep]:
+            shutil.rmtree(old)
+
+    def last_checkpoint(self) -> Saved | None:
+        """Return the newest complete checkpoint, or None; incomplete folders are passed over."""
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            marker_path = folder / COMPLETE
+            if not marker_path.exists():
+                continue
+            marker = read_json(marker_path)
+            sizes = {name: folder / name for name in marker["files"]}
+            if all(p.exists() and p.stat().st_size == marker["files"][n] for n, p in sizes.items()):
+                return Saved(folder, marker["step"], marker["state"])
+        return None
+
+    def resume(self) -> Saved | None:
+        """Find the newest complete checkpoint and cut the logs back to it, else to nothing."""
+        saved = self.last_checkpoint()
+        marker = (
+            read_json(saved.path / COMPLETE) if saved else {"metrics_size": 0, "samples_size": 0}
+        )
+        self.metrics.cut(marker["metrics_size"])
+        self.samples.cut(marker["samples_size"])
+        return saved
+
+    def drop_checkpoints(self) -> None:
+        """Delete all checkpoints, once the manifest is written."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def is_done(self) -> bool:
+        """Tell whether the manifest exists and the files it lists have their sizes."""
+        path = self.path / MANIFEST
+        if not path.exists():
+            return False
+        files = read_json(path)["files"]
+        return all(
+            (self.path / name).exists() and (self.path / name).stat().st_size == entry["size"]
+            for name, entry in files.items()
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest; raises ArtifactError when the node is not done."""
+        if not self.is_done():
+            raise ArtifactError(f"{self.path} is not finished; run `rlhf run` to finish it")
+        found: dict[str, Any] = read_json(self.path / MANIFEST)
+        return found
+
+
+EXCLUDED = ("checkpoints", "lease.json", "log.txt", MANIFEST)
+"""Parts of a node folder that are not artifacts."""
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return relative name to size and sha256 of every artifact in a node folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] not in EXCLUDED and not path.name.startswith("."):
+            found[str(name)] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    return found
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest, which makes the node done; returns it with its own digest of results.
+
+    `digest` covers the files that later nodes read: the model, the tables and the decisions; logs
+    and timing are left out, so that a repeated node with equal results has an equal digest.
+    """
+    files = list_files(folder)
+    volatile = ("metrics.jsonl", "provenance.json", "inputs.json", "config.yaml", "wandb")
+    stable = {n: f["sha256"] for n, f in files.items() if Path(n).parts[0] not in volatile}
+    manifest = {**entries, "files": files, "digest": digest_json(stable)}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
