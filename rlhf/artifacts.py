@@ -252,7 +252,7 @@ class NodeDir:
         return found
 
 
-EXCLUDED = ("checkpoints", "lease.json", "log.txt", MANIFEST)
+EXCLUDED = ("checkpoints", "lease.json", "log.txt", "progress.json", "wandb", MANIFEST)
 """Parts of a node folder that are not artifacts."""
 
 

@@ -25,6 +25,7 @@ from rlhf.config.base import (
     RoundStage,
     Toy,
     TrackingMode,
+    leaves,
 )
 from rlhf.config.run import Checkpoint, Compute, Config, Ingest, Rounds, Tracking
 from rlhf.config.stages import (
@@ -77,4 +78,5 @@ __all__ = [
     "Toy",
     "Tracking",
     "TrackingMode",
+    "leaves",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -24,6 +25,19 @@ def execution(default: Any) -> Any:
 def require(ok: bool, key: str, value: object, remedy: str) -> None:
     if not ok:
         raise ConfigError(f"{key}={value} cannot work: {remedy}")
+
+
+def leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted key, effect, value) of every leaf of a group or of its class.
+
+    The effect is "" where a field declares none; a test demands that there is no such field.
+    """
+    for item in fields(group):
+        value = getattr(group, item.name, None)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item.metadata.get("effect", ""), value
 
 
 class Precision(Enum):
@@ -145,9 +159,16 @@ class Optimizer:
     lr_floor: float = result(0.1)
     """Final learning rate over peak; 10 % for reward models [paper]; 1 keeps it constant."""
 
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", self.lr, "give a positive learning rate")
-        require(0 <= self.lr_floor <= 1, "lr_floor", self.lr_floor, "give a share between 0 and 1")
+    def check(self, key: str) -> None:
+        """Refuse impossible values; `key` is where this optimizer stands in the configuration."""
+        require(self.lr > 0, f"{key}.lr", self.lr, "give a positive learning rate")
+        for name, value in (
+            ("lr_floor", self.lr_floor),
+            ("warmup_fraction", self.warmup_fraction),
+            ("beta1", self.beta1),
+            ("beta2", self.beta2),
+        ):
+            require(0 <= value <= 1, f"{key}.{name}", value, "give a value between 0 and 1")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -18,10 +17,33 @@ from rlhf.config.base import (
     Toy,
     TrackingMode,
     execution,
+    leaves,
     require,
     result,
 )
 from rlhf.config.stages import Collect, Evaluate, Gate, Judge, Ppo, Rejection, Reward, Sft
+
+AT_LEAST_ONE = (
+    "batch_size",
+    "micro_batch_size",
+    "epochs",
+    "iterations",
+    "num_samples",
+    "num_prompts",
+    "num_pairs",
+    "num_ppo_epochs",
+    "num_threads",
+    "shard_prompts",
+    "max_rows",
+    "max_comparisons",
+    "max_heldout",
+    "max_length",
+    "max_new_tokens",
+    "heldout_every",
+    "rank",
+    "bootstrap_draws",
+)
+"""Settings, by name in any group, that count something there must be at least one of."""
 
 
 @dataclass
@@ -121,24 +143,14 @@ class Config:
     ingest: Ingest = field(default_factory=Ingest)
 
     def __post_init__(self) -> None:
-        simulated = self.collect.annotators is Annotators.simulated
-        require(
-            self.toy.enabled or not simulated,
-            "collect.annotators",
-            "simulated",
-            "only the toy world has them; set toy.enabled=true or collect.annotators=people",
-        )
-        require(
-            not simulated or self.rounds.limit is not None,
-            "rounds.limit",
-            "null",
-            "simulated annotators never run out of batches; give a number of rounds",
-        )
+        self._check_numbers()
+        self._check_annotators()
         for key, sampling in (
             ("rejection", self.rejection.sampling),
             ("ppo", self.ppo.sampling),
             ("evaluate", self.evaluate.sampling),
         ):
+            sampling.check(f"{key}.sampling")
             require(
                 sampling.max_new_tokens < self.model.max_length,
                 f"{key}.sampling.max_new_tokens",
@@ -153,5 +165,38 @@ class Config:
                 "the toy model is random and must be trained first",
             )
 
+    def _check_numbers(self) -> None:
+        for key, optimizer in (
+            ("sft", self.sft.optimizer),
+            ("reward", self.reward.optimizer),
+            ("rejection", self.rejection.optimizer),
+            ("ppo", self.ppo.optimizer),
+        ):
+            optimizer.check(f"{key}.optimizer")
+        for key, _, value in leaves(self):
+            name = key.rpartition(".")[2]
+            if isinstance(value, int) and name in AT_LEAST_ONE:
+                require(value >= 1, key, value, "give at least 1")
+            if isinstance(value, int | float) and name.endswith("_share"):
+                require(0 <= value <= 1, key, value, "give a share between 0 and 1")
 
-ConfigDict = dict[str, Any]
+    def _check_annotators(self) -> None:
+        simulated = self.collect.annotators is Annotators.simulated
+        require(
+            self.toy.enabled or not simulated,
+            "collect.annotators",
+            "simulated",
+            "only the toy world has them; set toy.enabled=true or collect.annotators=people",
+        )
+        require(
+            not simulated or self.rounds.limit is not None,
+            "rounds.limit",
+            "null",
+            "simulated annotators never run out of batches; give a number of rounds",
+        )
+        require(
+            not simulated or self.rounds.batches_per_round == 1,
+            "rounds.batches_per_round",
+            self.rounds.batches_per_round,
+            "simulated annotators rate one batch a round; leave it at 1",
+        )

@@ -98,15 +98,13 @@ class Sampling:
     batch_size: int = result(256)
     """Responses decoded together; shapes change the last float digits, so it is a result field."""
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
+        """Refuse impossible values; `key` is where these settings stand in the configuration."""
         require(
-            self.temperature > 0, "sampling.temperature", self.temperature, "give a value above 0"
+            self.temperature > 0, f"{key}.temperature", self.temperature, "give a value above 0"
         )
         require(
-            self.max_new_tokens > 1,
-            "sampling.max_new_tokens",
-            self.max_new_tokens,
-            "give at least 2",
+            self.max_new_tokens > 1, f"{key}.max_new_tokens", self.max_new_tokens, "give at least 2"
         )
 
 
@@ -140,7 +138,6 @@ class Rejection:
     """Sequences per forward pass and process."""
 
     def __post_init__(self) -> None:
-        require(self.num_samples > 0, "rejection.num_samples", self.num_samples, "give at least 1")
         share = self.pool_share + self.sft_share
         require(
             share < 1,
@@ -206,6 +203,9 @@ class Ppo:
     """Warn when the mean response is this many times as long as in the first iteration."""
 
     def __post_init__(self) -> None:
+        require(
+            self.num_minibatches > 0, "ppo.num_minibatches", self.num_minibatches, "give at least 1"
+        )
         require(
             self.batch_size % self.num_minibatches == 0,
             "ppo.batch_size",

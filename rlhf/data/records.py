@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Literal, TypedDict
 
@@ -58,8 +58,8 @@ class Comparison:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as it is written to JSONL."""
-        return asdict(self)
+        """Return the row as it is written to JSONL; nested values are shared, not copied."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(slots=True)
@@ -74,8 +74,8 @@ class Prompt:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as it is written to JSONL."""
-        return asdict(self)
+        """Return the row as it is written to JSONL; nested values are shared, not copied."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(slots=True)
@@ -89,5 +89,5 @@ class Conversation:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as it is written to JSONL."""
-        return asdict(self)
+        """Return the row as it is written to JSONL; nested values are shared, not copied."""
+        return {name: getattr(self, name) for name in self.__slots__}

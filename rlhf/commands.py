@@ -1,0 +1,239 @@
+"""What each subcommand does with its checked configuration; every handler returns an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import runner
+from rlhf.compose import RUN_FILE, known_runs, run_dir
+from rlhf.config import Config
+from rlhf.data.ingest import ingest_file
+from rlhf.data.ledger import Store
+from rlhf.data.records import Kind
+from rlhf.errors import ConfigError
+from rlhf.fingerprint import (
+    PLAN_GROUPS,
+    STAGES,
+    differences,
+    effects,
+    flat_config,
+    read_flat,
+)
+from rlhf.operate import changed_files, clean_run, export_version
+from rlhf.plan import Plan, waiting_batches
+from rlhf.progress import duration
+from rlhf.state import log_tail, node_state
+from rlhf.versions import current_version, list_versions, overrule
+from rlhf.worker import process_environment, run_logged
+
+COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
+
+
+def console() -> Console:
+    """Return a console for standard output."""
+    return Console(soft_wrap=True)
+
+
+def run(config: Config) -> int:
+    out = console()
+    prepared = runner.run(config, out)
+    folder = prepared.folder
+    if prepared.todo or not (folder / "report.json").exists():
+        report(config)
+    version = current_version(list_versions(config, prepared.plan, folder), folder)
+    out.print(f"promoted: {version.name} in {version.path}", highlight=False)
+    out.print(f"results: {folder} (report.json, versions.json, one folder per node)")
+    return 0
+
+
+def stage(config: Config, node: str) -> int:
+    folder = run_dir(config)
+    plan = frozen_plan(config)
+    plan.node(node)
+    effect = effects()
+    changed = [
+        text
+        for text in differences(read_flat(folder / RUN_FILE), flat_config(config))
+        if effect.get(text.partition(":")[0]) == "result"
+        and text.partition(".")[0] not in PLAN_GROUPS
+    ]
+    if changed:
+        raise ConfigError(
+            f"stage runs the frozen plan of run={config.run} and takes only settings that do not "
+            f"change results ({'; '.join(changed)}): leave them out, or use rlhf run"
+        )
+    environment = process_environment(config)
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        arguments = [sys.executable, "-m", "rlhf.cli", *_stage_arguments(config, node)]
+        os.execve(sys.executable, arguments, {**os.environ, **environment})
+    out = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
+    code = run_logged(config, plan, folder, node, stages=STAGES)
+    if code == 0:
+        out.print(f"{node} is done in {folder / node}")
+    else:
+        out.print(runner.failure(config, plan.node(node), folder / node, code), markup=False)
+    return code
+
+
+def _stage_arguments(config: Config, node: str) -> list[str]:
+    """Return a command line that gives the same execution-only settings in the new process."""
+    frozen = read_flat(run_dir(config) / RUN_FILE)
+    current = flat_config(config)
+    changed = [
+        f"{key}={'null' if value is None else value}"
+        for key, value in current.items()
+        if frozen.get(key) != value and not key.startswith("ingest.") and key != "recipe"
+    ]
+    fixed = [f"run={config.run}", f"paths.runs={config.paths.runs}"]
+    return ["stage", node, *fixed, *(text for text in changed if text not in fixed)]
+
+
+def plan(config: Config) -> int:
+    drafted, listing = runner.draft(config)
+    folder = run_dir(config)
+    table = Table("node", "after", "reads", "state", title=f"plan of run {config.run}")
+    for node in runner.within_limit(config, drafted):
+        reads = ", ".join(f"{role}={symbol}" for role, symbol in node.inputs.items())
+        state = node_state(folder, node).state
+        table.add_row(node.name, ", ".join(node.after), reads, _coloured(state))
+    out = console()
+    out.print(table)
+    for item in drafted.rounds:
+        out.print(f"round {item.round}: {item.stage}, batches {', '.join(item.batches)}")
+    left = waiting_batches(drafted, listing)
+    if left:
+        out.print(f"batches without a round yet: {', '.join(left)}")
+    return 0
+
+
+def status(config: Config, *, verify: str) -> int:
+    drafted = frozen_plan(config)
+    folder = run_dir(config)
+    table = Table("node", "state", "step", "time", "left", title=f"run {config.run} in {folder}")
+    out = console()
+    stopped = []
+    for node in drafted.nodes:
+        state = node_state(folder, node)
+        step = f"{state.step}/{state.total}" if state.total else ""
+        spent = duration(state.seconds) if state.seconds else ""
+        left = duration(state.eta) if state.eta is not None else ""
+        table.add_row(node.name, _coloured(state.state), step, spent, left)
+        stopped += [node.name] if state.state == "stopped" else []
+    out.print(table)
+    for version in list_versions(config, drafted, folder):
+        out.print(f"{version.name}: {version.state} {version.overruled}".rstrip())
+    for name in stopped:
+        out.print(f"the end of {folder / name / 'log.txt'}:")
+        out.print("\n".join(log_tail(folder / name)), markup=False, highlight=False)
+    if _flag("verify", verify):
+        checked, changed = changed_files(drafted, folder)
+        out.print(f"{checked} files checked by sha256; changed: {', '.join(changed) or 'none'}")
+        return 1 if changed else 0
+    return 0
+
+
+def ingest(config: Config, *files: str) -> int:
+    settings = config.ingest
+    kind = None
+    if settings.kind is not None:
+        if settings.kind not in Kind.__members__:
+            known = ", ".join(Kind.__members__)
+            raise ConfigError(f"ingest.kind={settings.kind} is unknown: choose one of {known}")
+        kind = Kind[settings.kind]
+    if settings.id is not None and len(files) > 1:
+        raise ConfigError(f"ingest.id={settings.id} names {len(files)} files: give one file")
+    for file in files:
+        ingested = ingest_file(
+            Path(file),
+            Store(Path(config.paths.store), settings.stream),
+            kind=kind,
+            id=settings.id,
+            on_bad_row=settings.on_bad_row,
+            axis=settings.axis,
+            heldout_share=config.data.heldout_share,
+            heldout_salt=config.data.heldout_salt,
+            max_chars=settings.max_chars,
+            is_safety_default=config.data.is_safety_default,
+        )
+        console().print(ingested.message, markup=False)
+    return 0
+
+
+def report(config: Config) -> int:
+    from rlhf.report.tables import write_report
+
+    frozen_plan(config)
+    write_report(run_dir(config), console())
+    return 0
+
+
+def promote(config: Config, version: str, *, reason: str) -> int:
+    drafted = frozen_plan(config)
+    last = overrule(config, drafted, run_dir(config), version=version, reason=reason)
+    console().print(f"{version} counts as promoted after round {last}: {reason}", markup=False)
+    return 0
+
+
+def export(config: Config, version: str, directory: str) -> int:
+    target = Path(directory)
+    export_version(config, frozen_plan(config), run_dir(config), version=version, target=target)
+    console().print(f"exported {version} of run {config.run} to {target}")
+    return 0
+
+
+def clean(config: Config) -> int:
+    freed = clean_run(config, frozen_plan(config), run_dir(config))
+    for name, size in freed:
+        console().print(f"deleted {name} ({size / 2**20:.1f} MiB)", highlight=False)
+    total = sum(size for _, size in freed)
+    console().print(f"freed {total / 2**20:.1f} MiB; promoted versions, pools and manifests stay")
+    return 0
+
+
+def doctor(config: Config) -> int:
+    from rlhf.doctor import examine
+
+    return examine(config, console())
+
+
+def frozen_plan(config: Config) -> Plan:
+    """Return the plan of a run that has started; raises ConfigError for one that has not."""
+    found = runner.read_plan(run_dir(config))
+    if found is None:
+        known = known_runs(Path(config.paths.runs))
+        raise ConfigError(
+            f"run={config.run} has not started in paths.runs={config.paths.runs} "
+            f"(runs there: {', '.join(known) or 'none'}): start it with `rlhf run recipe=NAME`"
+        )
+    return found
+
+
+def _coloured(state: str) -> str:
+    return f"[{COLOURS[state]}]{state}[/]"
+
+
+def _flag(key: str, value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise ConfigError(f"{key}={value} is not true or false: write {key}=true")
+    return value.lower() == "true"
+
+
+HANDLERS: Mapping[str, Callable[..., Any]] = {
+    "run": run,
+    "stage": stage,
+    "plan": plan,
+    "status": status,
+    "ingest": ingest,
+    "report": report,
+    "promote": promote,
+    "export": export,
+    "clean": clean,
+    "doctor": doctor,
+}

@@ -1,0 +1,61 @@
+"""Rows of different lengths to rectangular batches, and the order in which rows are seen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK_BATCHES = 50
+"""Batches whose rows are sorted by length together: enough to save padding, few enough to mix."""
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Stack rows to an int64 tensor [B, longest row], filling with `value` at the end."""
+    return _pad(rows, value, left=False)
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Stack rows to an int64 tensor [B, longest row], filling with `value` at the start."""
+    return _pad(rows, value, left=True)
+
+
+def length_grouped_order(
+    lengths: Sequence[int], *, batch_size: int, epochs: int, seed: int
+) -> list[list[int]]:
+    """Return the row indices of every optimizer step, rows of similar length together.
+
+    Each epoch holds every index exactly once, in an order of its own. The last batch of an epoch
+    is smaller when the rows do not divide evenly. The same arguments always give the same order.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    order: list[list[int]] = []
+    for epoch in range(epochs):
+        rng = random.Random(f"order/{seed}/{epoch}")
+        indices = list(range(len(lengths)))
+        rng.shuffle(indices)
+        whole = len(indices) - len(indices) % batch_size
+        batches = []
+        for start in range(0, whole, batch_size * CHUNK_BATCHES):
+            chunk = indices[start : min(start + batch_size * CHUNK_BATCHES, whole)]
+            chunk.sort(key=lambda i: lengths[i])
+            batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+        rng.shuffle(batches)
+        rest = indices[whole:]
+        order += [*batches, rest] if rest else batches
+    return order
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
+    import torch
+
+    width = max((len(row) for row in rows), default=0)
+    padded = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        padded[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded

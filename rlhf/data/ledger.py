@@ -1,0 +1,259 @@
+"""The store: immutable batches and sets of a stream, in the order they came.
+
+<root>/<stream>/stream.json                          held-out share and salt, fixed by the first
+<root>/<stream>/<batches|open|sft|prompts>/<id>/     rows.parquet refused.jsonl excluded.jsonl
+                                                     manifest.json, renamed into place as one
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.artifacts import (
+    MANIFEST,
+    atomic_folder,
+    list_files,
+    read_json,
+    sha256_file,
+    write_json,
+    write_jsonl,
+)
+from rlhf.data.keys import Keys, Record
+from rlhf.data.records import Comparison, Conversation, Kind, Prompt
+from rlhf.errors import ArtifactError, DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FOLDERS = {Kind.batch: "batches", Kind.open: "open", Kind.sft: "sft", Kind.prompts: "prompts"}
+ROWS = "rows.parquet"
+KEY_COLUMNS = ("key_content", "key_exact", "key_near", "key_swapped", "key_prompt")
+CHUNK_ROWS = 10_000
+"""Rows written to Parquet at a time, which bounds the memory of writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Where a comparison, prompt or conversation was met first."""
+
+    batch: str
+    id: str
+    swapped: bool
+
+
+@dataclass(slots=True)
+class History:
+    """What earlier batches of a stream and kind hold; `position` is the stream's newest number."""
+
+    position: int
+    exact: dict[str, Seen] = field(default_factory=dict)
+    near: dict[str, Seen] = field(default_factory=dict)
+    contents: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Row id to batch and content digest."""
+    prompts: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Everything that is written for one batch or set."""
+
+    kind: Kind
+    id: str
+    rows: Sequence[tuple[Record, Keys]]
+    refused: list[dict[str, Any]]
+    excluded: list[dict[str, Any]]
+    manifest: Mapping[str, Any]
+
+
+class Store:
+    """One stream of the store; reading checks that the rows are those that were ingested."""
+
+    def __init__(self, root: Path, stream: str) -> None:
+        self.root = root
+        self.stream = stream
+        self.folder = root / stream
+
+    def ids(self, kind: Kind) -> list[str]:
+        """Return the names of batches or sets in ingest order."""
+        found = self._manifests(kind)
+        return sorted(found, key=lambda id: found[id]["sequence"])
+
+    def manifest(self, kind: Kind, id: str) -> dict[str, Any]:
+        """Return a manifest: rows, digest, counts, policy; DataError when there is no such set."""
+        path = self._path(kind, id) / MANIFEST
+        if not path.exists():
+            known = ", ".join(self.ids(kind)) or "none"
+            raise DataError(
+                f"{kind.name} {id!r} is not in stream {self.stream!r} of {self.root} "
+                f"(there: {known}); add it with `rlhf ingest`"
+            )
+        found: dict[str, Any] = read_json(path)
+        return found
+
+    def digest(self, kind: Kind, id: str) -> str:
+        """Return the digest of the accepted rows."""
+        return str(self.manifest(kind, id)["digest"])
+
+    def comparisons(self, kind: Kind, id: str) -> list[Comparison]:
+        """Return the rows of a batch, or of a set of open comparisons, with `batch_id` filled."""
+        return [Comparison(**row, batch_id=id) for row in self._rows(kind, id)]
+
+    def prompts(self, id: str) -> list[Prompt]:
+        """Return the rows of a prompt set."""
+        return [Prompt(**row) for row in self._rows(Kind.prompts, id)]
+
+    def conversations(self, id: str) -> list[Conversation]:
+        """Return the rows of an SFT set."""
+        return [Conversation(**row) for row in self._rows(Kind.sft, id)]
+
+    def split(self) -> dict[str, Any] | None:
+        """Return the recorded held-out share and salt; None before the first ingest."""
+        path = self.folder / "stream.json"
+        if not path.exists():
+            return None
+        found: dict[str, Any] = read_json(path)
+        return found
+
+    def check_split(self, *, share: float, salt: str) -> None:
+        """Refuse a held-out share or salt other than the stream's: the split is fixed for good."""
+        recorded = self.split()
+        if recorded is None:
+            return
+        for name, value in (("heldout_share", share), ("heldout_salt", salt)):
+            if recorded[name] != value:
+                raise DataError(
+                    f"data.{name}={value} differs from {recorded[name]}, which stream "
+                    f"{self.stream!r} was split with; give data.{name}={recorded[name]} "
+                    "or another stream"
+                )
+
+    def position(self) -> int:
+        """Return the newest sequence number of the stream, over all kinds; 0 when empty."""
+        numbers = (m["sequence"] for kind in FOLDERS for m in self._manifests(kind).values())
+        return max(numbers, default=0)
+
+    def history(self, kind: Kind, *, before: str) -> History:
+        """Read what came before batch `before`, or all there is when it is new."""
+        import pyarrow.parquet as pq
+
+        history = History(position=self.position())
+        ids = self.ids(kind)
+        for id in ids[: ids.index(before)] if before in ids else ids:
+            table = pq.read_table(self._path(kind, id) / ROWS, columns=["id", *KEY_COLUMNS])
+            for row_id, content, exact, near, swapped, prompt in zip(
+                *(column.to_pylist() for column in table.columns), strict=True
+            ):
+                seen = Seen(id, row_id, swapped)
+                history.exact.setdefault(exact, seen)
+                history.near.setdefault(near, seen)
+                history.contents[row_id] = (id, content)
+                history.prompts.add(prompt)
+        return history
+
+    def add(self, entry: Entry, *, share: float, salt: str, position: int) -> bool:
+        """Write a batch under the stream's lock; False when the stream moved on from `position`.
+
+        All files appear at once; a kill leaves a hidden folder, which nothing reads.
+        """
+        with self._lock():
+            if self.position() != position:
+                return False
+            self.check_split(share=share, salt=salt)
+            if self.split() is None:
+                split = {"heldout_share": share, "heldout_salt": salt}
+                write_json(self.folder / "stream.json", split)
+            with atomic_folder(self._path(entry.kind, entry.id)) as folder:
+                _write_rows(folder / ROWS, entry.kind, entry.rows)
+                write_jsonl(folder / "refused.jsonl", entry.refused)
+                write_jsonl(folder / "excluded.jsonl", entry.excluded)
+                files = list_files(folder)
+                manifest = {"sequence": position + 1, **entry.manifest, "files": files}
+                write_json(folder / MANIFEST, manifest)
+        return True
+
+    def _path(self, kind: Kind, id: str) -> Path:
+        return self.folder / FOLDERS[kind] / id
+
+    def _manifests(self, kind: Kind) -> dict[str, dict[str, Any]]:
+        paths = (self.folder / FOLDERS[kind]).glob(f"*/{MANIFEST}")
+        return {p.parent.name: read_json(p) for p in paths if not p.parent.name.startswith(".")}
+
+    def _rows(self, kind: Kind, id: str) -> Iterator[dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        path = self._path(kind, id) / ROWS
+        if self.manifest(kind, id)["files"][ROWS]["sha256"] != sha256_file(path):
+            raise ArtifactError(f"{path} changed after ingest; restore it or ingest its file anew")
+        names = [name for name in _schema(kind).names if name not in KEY_COLUMNS]
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=names):
+                for row in batch.to_pylist():
+                    yield {**row, "meta": json.loads(row["meta"])}
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Wait for other ingests into this stream; the lock ends with its process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise DataError(
+                    f"{self.folder} cannot be locked ({error.strerror}), so that two ingests could "
+                    "collide; put paths.store on a file system with flock"
+                ) from error
+            yield
+
+
+def rows_digest(rows: Sequence[tuple[Record, Keys]]) -> str:
+    """Return the digest of accepted rows: their contents in order, whatever the file's format."""
+    digest = hashlib.sha256()
+    for record, keys in rows:
+        digest.update(f"{keys.content} {record.source}\n".encode())
+    return digest.hexdigest()
+
+
+def _schema(kind: Kind) -> pa.Schema:
+    import pyarrow as pa
+
+    text, flag = pa.string(), pa.bool_()
+    messages = pa.list_(pa.struct([("role", text), ("content", text)]))
+    fields = [("id", text)]
+    if kind is Kind.sft:
+        fields.append(("messages", messages))
+    else:
+        fields.append(("prompt", messages))
+    if kind in (Kind.batch, Kind.open):
+        texts = ("chosen", "rejected", "strength", "axis", "annotator", "model_chosen")
+        flags = ("chosen_safe", "rejected_safe", "tie", "repeat_prompt")
+        fields += [(name, text) for name in (*texts, "model_rejected")]
+        fields += [(name, flag) for name in flags]
+    if kind is Kind.prompts:
+        fields.append(("is_safety", flag))
+    fields += [("source", text), ("heldout", flag), ("meta", text)]
+    fields += [(name, flag if name == "key_swapped" else text) for name in KEY_COLUMNS]
+    return pa.schema(fields)
+
+
+def _write_rows(path: Path, kind: Kind, rows: Sequence[tuple[Record, Keys]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _schema(kind)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = [_columns(record, keys) for record, keys in rows[start : start + CHUNK_ROWS]]
+            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+
+
+def _columns(record: Record, keys: Keys) -> dict[str, Any]:
+    hashes = (keys.content, keys.exact, keys.near, keys.swapped, keys.prompt)
+    row = record.to_json()
+    return {**row, "meta": json.dumps(row["meta"]), **dict(zip(KEY_COLUMNS, hashes, strict=True))}

@@ -1,0 +1,124 @@
+"""What makes a node's result: which settings, which revision of its stage, which inputs.
+
+A node is done for good only while its fingerprint stays the same. Settings that a stage does not
+read are left out, so that changing `ppo.*` does not touch the supervised fine-tuning.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf.artifacts import digest_json
+from rlhf.config import Config, leaves
+from rlhf.errors import ArtifactError
+from rlhf.nodes import Inputs, Node, node_seed
+
+STAGE_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "sft": ("model", "data", "toy", "sft"),
+    "reward": ("model", "data", "reward", "judge", "gate"),
+    "rejection": ("model", "data", "sft", "gate", "rejection"),
+    "ppo": ("model", "data", "gate", "ppo"),
+    "evaluate": ("model", "data", "toy", "gate", "evaluate"),
+    "collect": ("model", "data", "toy", "collect"),
+}
+"""Configuration groups that a stage may read; every stage also depends on `seed`."""
+
+PLAN_GROUPS = ("rounds",)
+"""Groups that shape the plan only; what they change shows in the nodes and their inputs."""
+
+STAGES: Mapping[str, str] = {name: f"rlhf.stages.{name}" for name in STAGE_GROUPS}
+"""Module of each stage."""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as dotted key to value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def flat_config(config: Config) -> dict[str, Any]:
+    """Return every setting as dotted key to a JSON value."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(tree, dict)
+    return flatten({str(name): value for name, value in tree.items()})
+
+
+def read_flat(path: Path) -> dict[str, Any]:
+    """Return the settings of a config.yaml or run.yaml as dotted key to a JSON value."""
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(tree, dict):
+        raise ArtifactError(f"{path} does not hold settings; restore it or start a new run")
+    return flatten({str(name): value for name, value in tree.items()})
+
+
+def effects() -> dict[str, str]:
+    """Return dotted key to `result` or `execution`, for every setting there is."""
+    return {key: effect for key, effect, _ in leaves(Config())}
+
+
+def relevant(stage: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the settings that can change what a stage produces."""
+    effect = effects()
+    groups = STAGE_GROUPS[stage]
+    return {
+        key: value
+        for key, value in sorted(flat.items())
+        if effect.get(key) == "result" and (key == "seed" or key.partition(".")[0] in groups)
+    }
+
+
+def execution_only(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the settings that only say where and how fast a node runs."""
+    effect = effects()
+    return {key: value for key, value in sorted(flat.items()) if effect.get(key) == "execution"}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every setting that differs."""
+    keys = sorted(old.keys() | new.keys())
+    missing = "(absent)"
+    return [
+        f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}"
+        for key in keys
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+
+
+def stage_revision(module: str) -> int:
+    """Read REVISION from a stage's source without importing it (stages import torch)."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ArtifactError(f"stage module {module} is missing; reinstall rlhf")
+    for statement in ast.parse(Path(spec.origin).read_bytes()).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        if any(isinstance(target, ast.Name) and target.id == "REVISION" for target in targets):
+            value = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
+            return int(value)
+    raise ArtifactError(f"{spec.origin} declares no REVISION; add `REVISION = 1`")
+
+
+def fingerprint(config: Config, node: Node, inputs: Inputs, *, module: str) -> str:
+    """Return the digest of everything a node's result follows from."""
+    return digest_json(
+        {
+            "stage": node.stage,
+            "options": dict(node.options),
+            "revision": stage_revision(module),
+            "seed": node_seed(config.seed, node.name),
+            "config": relevant(node.stage, flat_config(config)),
+            "inputs": inputs.digests(),
+        }
+    )

@@ -1,0 +1,146 @@
+"""Node processes on this machine, forked from one server that has imported the stages.
+
+Importing the training libraries costs about ten seconds; the server pays once, and each node is a
+fork of it, started in an environment (threads, allocator) fixed before Python starts. The server
+ends with the process that started it, and a node with the server, even after kill -9.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rlhf.artifacts import read_json
+from rlhf.compose import load_frozen
+from rlhf.errors import StageError
+from rlhf.plan import Plan
+from rlhf.provenance import git_commit, source_hash, versions
+from rlhf.worker import run_logged
+
+log = logging.getLogger(__name__)
+
+SERVER_LOG = "server.log"
+PLAN = "plan.json"
+POLL_SECONDS = 0.3
+PR_SET_PDEATHSIG = 1
+
+
+class NodeServer:
+    """Starts nodes one after another, each in a process of its own.
+
+    Use it from the main thread: the server ends with the thread that started it.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, stages: Mapping[str, str], environment: Mapping[str, str]
+    ) -> None:
+        self.run_dir = run_dir
+        self.stages = dict(stages)
+        self._log = (run_dir / SERVER_LOG).open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf.launch.local", str(os.getpid()), *stages.values()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> NodeServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def run(self, node: str, on_wait: Callable[[], None]) -> int:
+        """Run a node and return its exit code, negative when a signal ended it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"run_dir": str(self.run_dir), "node": node, "stages": self.stages}
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
+        while not select.select([self._process.stdout], [], [], POLL_SECONDS)[0]:
+            on_wait()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise self._ended()
+        return int(answer)
+
+    def _ended(self) -> StageError:
+        return StageError(
+            f"the process that starts nodes ended by itself: see {self.run_dir / SERVER_LOG}, "
+            "then run again"
+        )
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def serve(parent: int, preload: Sequence[str]) -> None:
+    """Import the stages, then fork one process per line on standard input; answers exit codes."""
+    die_with_parent(parent)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for module in preload:
+        try:
+            importlib.import_module(module)
+        except Exception:
+            log.exception("cannot import %s; its nodes will say so again", module)
+    for look_up_once in (versions, source_hash, git_commit):
+        look_up_once()
+    server = os.getpid()
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = _run_child(server, request)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+
+
+def _run_child(server: int, request: Mapping[str, object]) -> int:
+    die_with_parent(server)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    run_dir = Path(str(request["run_dir"]))
+    stages = request["stages"]
+    assert isinstance(stages, dict)
+    config = load_frozen(run_dir)
+    plan = Plan.from_json(read_json(run_dir / PLAN))
+    code = run_logged(config, plan, run_dir, str(request["node"]), stages=stages)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,209 @@
+"""Run what is left of a run: fill, plan, check, then one node after another.
+
+Everything is idempotent. A node that is done stays done while its fingerprint does; a node that was
+killed goes on from its last checkpoint; a new batch or a higher `rounds.limit` adds only new nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from rlhf.artifacts import NodeDir, read_json, write_json, write_text
+from rlhf.compose import RUN_FILE, freeze, run_dir
+from rlhf.config import Annotators, Config, OnChange
+from rlhf.errors import ConfigError, StageError
+from rlhf.fingerprint import STAGES, differences, flat_config, read_flat
+from rlhf.launch.local import PLAN, NodeServer
+from rlhf.nodes import Node
+from rlhf.plan import Listing, Plan, build_plan, check_sets, waiting_batches
+from rlhf.progress import duration, follow
+from rlhf.resolve import Resolver, check_external_models
+from rlhf.state import is_started, log_tail, what_changed
+from rlhf.supply import check_split, fill_from_toy_world, forget_batch, list_store
+from rlhf.versions import forget_overrules, write_versions
+from rlhf.worker import process_environment
+
+log = logging.getLogger(__name__)
+
+TOY_WORLD_KEYS = (
+    "seed",
+    "toy.sft_rows",
+    "toy.prompts_per_kind",
+    "toy.open_rows",
+    "data.stream",
+    "data.heldout_share",
+    "data.heldout_salt",
+)
+"""Settings that are fixed once a toy world has been written into a run's stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is ready: planned, checked and frozen."""
+
+    config: Config
+    plan: Plan
+    listing: Listing
+    folder: Path
+    todo: tuple[Node, ...]
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return a run's plan, or None before its first start."""
+    path = folder / PLAN
+    return Plan.from_json(read_json(path)) if path.exists() else None
+
+
+def draft(config: Config) -> tuple[Plan, Listing]:
+    """Plan a run as `rlhf run` would, without writing anything."""
+    listing = list_store(config)
+    return build_plan(config, listing, read_plan(run_dir(config))), listing
+
+
+def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES) -> Prepared:
+    """Fill, plan, check and freeze a run; nothing is written when the configuration is refused."""
+    folder = run_dir(config)
+    check_external_models(config)
+    check_split(config)
+    if config.toy.enabled:
+        _check_toy_world(config, folder)
+    else:
+        check_sets(config, list_store(config))
+    if config.toy.enabled:
+        for name in fill_from_toy_world(config):
+            console.print(f"[dim]ingested {name} into stream {config.data.stream}[/dim]")
+    plan, listing = draft(config)
+    _check_started(config, plan, listing, folder, console, stages=stages)
+    _freeze(config, plan, folder)
+    todo = tuple(node for node in within_limit(config, plan) if not _is_done(folder, node))
+    return Prepared(config, plan, listing, folder, todo)
+
+
+def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES) -> Prepared:
+    """Run every node that is not done; raises StageError for the first one that fails."""
+    prepared = prepare(config, console, stages=stages)
+    plan, folder, todo = prepared.plan, prepared.folder, prepared.todo
+    write_versions(config, plan, folder)
+    if not todo:
+        total = len(within_limit(config, plan))
+        console.print(f"nothing to do: all {total} nodes of run {config.run} are done")
+        return prepared
+    left = waiting_batches(plan, prepared.listing)
+    if left and config.collect.annotators is Annotators.people:
+        console.print(f"[dim]batches waiting for a later round: {', '.join(left)}[/dim]")
+    used = {node.stage: stages[node.stage] for node in todo}
+    environment = process_environment(config)
+    with NodeServer(folder, stages=used, environment=environment) as server:
+        for number, node in enumerate(todo, start=1):
+            _run_node(server, prepared, node, console, title=f"[{number}/{len(todo)}] {node.name}")
+    return prepared
+
+
+def within_limit(config: Config, plan: Plan) -> list[Node]:
+    """Return the nodes of the rounds that `rounds.limit` allows."""
+    limit = config.rounds.limit
+    return [node for node in plan.nodes if limit is None or node.round <= limit]
+
+
+def _is_done(folder: Path, node: Node) -> bool:
+    return NodeDir(folder / node.name).is_done()
+
+
+def _run_node(
+    server: NodeServer, prepared: Prepared, node: Node, console: Console, *, title: str
+) -> None:
+    folder = prepared.folder / node.name
+    started = time.monotonic()
+    with follow(console, folder, title) as update:
+        code = server.run(node.name, update)
+    if code != 0:
+        raise StageError(failure(prepared.config, node, folder, code))
+    console.print(f"{title} done in {duration(time.monotonic() - started)}", highlight=False)
+    write_versions(prepared.config, prepared.plan, prepared.folder)
+
+
+def failure(config: Config, node: Node, folder: Path, code: int) -> str:
+    """Say which node failed and how, with the end of its log, and what to do next."""
+    how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    hint = " (9 is also what a machine without memory sends)" if code == -9 else ""
+    tail = "\n".join(f"  {line}" for line in log_tail(folder))
+    return (
+        f"node {node.name} {how}{hint}; the end of {folder / 'log.txt'}:\n{tail}\n"
+        f"Mend the cause and run `rlhf run run={config.run} paths.runs={config.paths.runs}` again: "
+        "finished nodes stay, this one goes on from its last checkpoint."
+    )
+
+
+def _check_toy_world(config: Config, folder: Path) -> None:
+    """Refuse to change a toy world that has been written already."""
+    if not (folder / RUN_FILE).exists():
+        return
+    old, new = read_flat(folder / RUN_FILE), flat_config(config)
+    changed = differences(
+        {key: old[key] for key in TOY_WORLD_KEYS if key in old},
+        {key: new[key] for key in TOY_WORLD_KEYS},
+    )
+    if changed:
+        raise ConfigError(
+            f"the toy world of run={config.run} is fixed ({'; '.join(changed)}): choose run=NEW"
+        )
+
+
+def _check_started(
+    config: Config,
+    plan: Plan,
+    listing: Listing,
+    folder: Path,
+    console: Console,
+    *,
+    stages: Mapping[str, str],
+) -> None:
+    """Refuse a configuration that differs from the one of a started node, or drop those nodes."""
+    resolver = Resolver(config, plan, folder, listing)
+    for node in plan.nodes:
+        if not is_started(folder / node.name):
+            continue
+        changed = what_changed(config, node, resolver, stages=stages)
+        if not changed:
+            continue
+        affected = [node, *plan.downstream(node.name)]
+        if config.on_change is OnChange.refuse:
+            state = "is done" if _is_done(folder, node) else "has started"
+            raise ConfigError(
+                f"node {node.name} {state} with other values: {'; '.join(changed)}. Choose run=NEW "
+                f"for a new lineage, or on_change=rerun to delete {len(affected)} nodes from it on"
+            )
+        for old in reversed(affected):
+            _drop(config, old, folder, console)
+        undone = [old.round for old in affected if old.stage == "evaluate"]
+        forget_overrules(folder, from_round=min(undone, default=len(plan.rounds) + 1))
+
+
+def _drop(config: Config, node: Node, folder: Path, console: Console) -> None:
+    if not (folder / node.name).exists():
+        return
+    if "batch" in node.options:
+        forget_batch(config, str(node.options["batch"]))
+    shutil.rmtree(folder / node.name)
+    console.print(f"[yellow]on_change=rerun: dropped {node.name}[/yellow]")
+
+
+def _freeze(config: Config, plan: Plan, folder: Path) -> None:
+    """Write run.yaml and plan.json where they changed: what jobs and later calls start from."""
+    on_change = config.on_change
+    config.on_change = OnChange.refuse
+    text = freeze(config)
+    config.on_change = on_change
+    path = folder / RUN_FILE
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+    previous = read_plan(folder)
+    if previous != plan:
+        write_json(folder / PLAN, plan.to_json())

@@ -1,0 +1,162 @@
+"""PPO: the policy learns to earn reward without drifting from the reference (Eq. 3 and 4).
+
+Starts from the round's policy, trains on training prompts, stops by its own rules, and keeps the
+policy that scored best on held-out prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.artifacts import write_json
+from rlhf.config import Config, CriticInit
+from rlhf.data.ledger import Store
+from rlhf.data.prompts import keyed_order
+from rlhf.data.records import Prompt
+from rlhf.errors import ConfigError, StageError
+from rlhf.inference.generation import fitting, scoring_length
+from rlhf.inference.scoring import HfScorer, Scorer
+from rlhf.models.actor_critic import ValueModel
+from rlhf.models.loading import (
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    save_model,
+    setup_torch,
+)
+from rlhf.nodes import NodeContext
+from rlhf.training.ppo import PpoLoop
+from rlhf.training.roles import SeparateRoles
+from rlhf.training.rollout import Roles
+
+log = logging.getLogger(__name__)
+
+REVISION = 1
+
+
+def run(context: NodeContext) -> None:
+    """Train the policy and write model/, metrics.jsonl, samples.jsonl and ppo.json."""
+    config, directory = context.config, context.directory
+    device = setup_torch(config.compute)
+    tokenizer = load_tokenizer(context.inputs.models["policy"].path)
+    prompts, heldout, counts = _prompts(context, tokenizer)
+    policy = load_policy(
+        context.inputs.models["policy"].path, model=config.model, seed=context.seed
+    ).to(device)
+    roles = _roles(context, policy, tokenizer, device)
+    loop = PpoLoop(
+        roles,
+        prompts=prompts,
+        heldout=heldout,
+        config=config,
+        directory=directory,
+        seed=context.seed,
+    )
+    state = loop.run()
+    log.info("stopped by %s; best is iteration %d", state.stopped, state.best_iteration)
+    save_model(policy, tokenizer, directory.model)
+    write_json(
+        directory.path / "ppo.json",
+        {
+            "stopped": state.stopped,
+            "iterations": state.iteration,
+            "best_iteration": state.best_iteration,
+            "kl_to_start": state.kl_to_start,
+            "alarms": state.alarms,
+            "heldout": state.heldout,
+            "prompts": counts,
+            "reference": _origin(context, "reference", config.ppo.reference.name),
+            "critic": _origin(context, "critic", config.ppo.critic_init.name),
+        },
+    )
+
+
+def _prompts(
+    context: NodeContext, tokenizer: Any
+) -> tuple[list[Prompt], list[Prompt], dict[str, int]]:
+    """Return training and held-out prompts that fit, and how many were left out."""
+    config = context.config
+    store = Store(Path(config.paths.store), config.data.stream)
+    every = [
+        prompt for item in context.inputs.of_kind("prompts") for prompt in store.prompts(item.id)
+    ]
+    fits, over_long = fitting(
+        every,
+        tokenizer,
+        max_new_tokens=config.ppo.sampling.max_new_tokens,
+        max_length=config.model.max_length,
+    )
+    prompts = [prompt for prompt in fits if not prompt.heldout]
+    heldout = keyed_order((prompt for prompt in fits if prompt.heldout), seed=context.seed)
+    heldout = heldout[: config.ppo.heldout_prompts]
+    if not prompts:
+        raise StageError(
+            f"none of {len(every)} prompts is a training prompt that fits model.max_length="
+            f"{config.model.max_length}: ingest a prompt set, or raise model.max_length"
+        )
+    if not heldout:
+        log.warning("no held-out prompts: the last policy is kept, good or bad")
+    counts = {"training": len(prompts), "heldout": len(heldout), "over_long": over_long}
+    return prompts, heldout, counts
+
+
+def _roles(context: NodeContext, policy: Any, tokenizer: Any, device: torch.device) -> Roles:
+    config, models = context.config, context.inputs.models
+    settings = config.model
+
+    def frozen_policy(role: str) -> Any:
+        return load_policy(models[role].path, model=settings, seed=context.seed).to(device)
+
+    is_start = models["reference"].path == models["policy"].path
+    critic = _critic(context, policy).to(device)
+    if settings.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+        critic.trunk.gradient_checkpointing_enable()
+    return SeparateRoles(
+        policy=policy,
+        critic=critic,
+        reference=frozen_policy("reference"),
+        start=None if is_start else frozen_policy("policy"),
+        scorers=(
+            _scorer(context, "reward_helpfulness", device),
+            _scorer(context, "reward_safety", device),
+        ),
+        tokenizer=tokenizer,
+        settings=settings,
+        temperature=config.ppo.sampling.temperature,
+    )
+
+
+def _critic(context: NodeContext, policy: Any) -> ValueModel:
+    """Load the value model; its head is a reward model's, or new on the policy's trunk."""
+    config = context.config
+    path = context.inputs.models["critic"].path
+    is_policy = config.ppo.critic_init is CriticInit.policy
+    model = load_reward_model(path, model=config.model, new_head=is_policy, seed=context.seed)
+    if model.config.vocab_size != policy.config.vocab_size:
+        raise ConfigError(
+            f"ppo.critic_init={config.ppo.critic_init.name} cannot work: {path} has "
+            f"{model.config.vocab_size} words and the policy {policy.config.vocab_size}; "
+            "the critic reads the policy's tokens: use ppo.critic_init=policy"
+        )
+    return ValueModel(model)
+
+
+def _scorer(context: NodeContext, role: str, device: torch.device) -> Scorer:
+    config: Config = context.config
+    path = context.inputs.models[role].path
+    model = load_reward_model(path, model=config.model, new_head=False, seed=context.seed)
+    return HfScorer(
+        model.to(device),
+        load_tokenizer(path),
+        max_length=scoring_length(config.model.max_length, config.ppo.sampling),
+    )
+
+
+def _origin(context: NodeContext, role: str, choice: str) -> dict[str, str]:
+    model = context.inputs.models[role]
+    return {"choice": choice, "name": model.name, "digest": model.digest}

@@ -1,0 +1,314 @@
+"""A reward model or a judge: comparisons become a scorer for one axis (paper section 3.2.2).
+
+A reward model starts from the promoted policy. Its head is drawn in the first round and handed on
+from round to round. A judge is trained the same way on reserved comparisons of its axis alone; it
+decides about promotion and is never optimised against.
+
+Deviations: the margin table and the form of the safety auxiliary loss are configuration, because
+the paper does not state which one the final models used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.algo.losses import margin_for
+from rlhf.artifacts import write_json, write_jsonl
+from rlhf.config import Config, JudgeData
+from rlhf.data.ledger import Store
+from rlhf.data.mixture import Mixture, build_mixture
+from rlhf.data.records import Comparison, Kind
+from rlhf.data.split import is_judge_prompt, prompt_key
+from rlhf.errors import DataError
+from rlhf.inference.accuracy import ScoredPair, accuracy_cells, measure, safety_detection
+from rlhf.inference.comparisons import Sides, cap_by_prompt, encode, exchange, score_sides
+from rlhf.inference.scoring import HfScorer
+from rlhf.models.heads import copy_head
+from rlhf.models.loading import (
+    autocast,
+    load_reward_model,
+    load_tokenizer,
+    save_model,
+    setup_torch,
+)
+from rlhf.nodes import NodeContext
+from rlhf.training.reward import RankedPair, train_ranking
+
+log = logging.getLogger(__name__)
+
+REVISION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """Everything the node may read, held-out rows included, oldest batch first."""
+
+    batches: list[Comparison]
+    open: list[Comparison]
+    newest: frozenset[str]
+    """Ids of this round's batches."""
+
+
+def run(context: NodeContext) -> None:
+    """Train the model of the node's axis and role and measure it on held-out comparisons.
+
+    Writes mixture.json, accuracy_before.json (if there is a previous model), model/, scores.jsonl
+    and accuracy.json.
+    """
+    config, directory = context.config, context.directory
+    device = setup_torch(config.compute)
+    data = read_comparisons(context)
+    if "previous" in context.inputs.models and not is_judge(context):
+        measure_before(context, data, device)
+    if not directory.model.exists():
+        train(context, data)
+    measure_after(context, data, device)
+
+
+def is_judge(context: NodeContext) -> bool:
+    """Tell whether the node trains a judge and not a reward model."""
+    return bool(context.node.options["role"] == "judge")
+
+
+def read_comparisons(context: NodeContext) -> Comparisons:
+    """Read the batches up to this round, and the open comparisons."""
+    store = Store(Path(context.config.paths.store), context.config.data.stream)
+    entries = [e for e in context.inputs.of_kind("batch") if e.round <= context.node.round]
+    return Comparisons(
+        batches=[row for entry in entries for row in store.comparisons(Kind.batch, entry.id)],
+        open=[
+            row
+            for entry in context.inputs.of_kind("open")
+            for row in store.comparisons(Kind.open, entry.id)
+        ],
+        newest=frozenset(entry.id for entry in entries if entry.round == context.node.round),
+    )
+
+
+def train(context: NodeContext, data: Comparisons) -> None:
+    """Build the training rows, train, and save model/."""
+    config, directory, models = context.config, context.directory, context.inputs.models
+    axis = context.node.options["axis"]
+    tokenizer = load_tokenizer(models["init"].path)
+    mixture = choose_rows(context, data)
+    fitting, num_over_long = encode(mixture.rows, tokenizer, config.model.max_length)
+    write_json(
+        directory.path / "mixture.json",
+        describe_mixture(context, data, mixture, fitting, num_over_long),
+    )
+    if not fitting:
+        raise DataError(
+            f"no {axis} comparison is left to train {context.node.name} on (over-long: "
+            f"{num_over_long}): ingest more, change judge.data, or raise model.max_length"
+        )
+    # Every reward model's head but the first comes from its predecessor.
+    scorer = load_reward_model(
+        models["init"].path, model=config.model, new_head=True, seed=context.seed
+    )
+    if "previous" in models:
+        copy_head(scorer, Path(models["previous"].path))
+    train_ranking(
+        scorer,
+        tokenizer,
+        [ranked(sides, table=config.reward.margin.name) for sides in fitting],
+        optimizer=config.reward.optimizer,
+        epochs=config.reward.epochs,
+        batch_size=config.reward.batch_size,
+        micro_batch_size=config.reward.micro_batch_size,
+        safety_loss_weight=config.reward.safety_loss_weight if axis == "safety" else 0.0,
+        config=config,
+        directory=directory,
+        seed=context.seed,
+    )
+    save_model(scorer, tokenizer, directory.model)
+
+
+def choose_rows(context: NodeContext, data: Comparisons) -> Mixture:
+    """Return the training rows: the mixture of a reward model, or a judge's reserved rows."""
+    config, axis = context.config, context.node.options["axis"]
+    reserved, batches, open_rows = reserve_for_judges(data, config)
+    if is_judge(context):
+        own = [row for row in reserved if row.axis == axis]
+        return build_mixture(
+            own,
+            [],
+            own_share=1.0,
+            seed=context.seed,
+            max_comparisons=config.judge.max_comparisons,
+        )
+    own = [row for row in batches if row.axis == axis]
+    other = [row for row in batches if row.axis != axis]
+    share = config.reward.own_share_helpfulness
+    if axis == "safety":
+        # Open harmlessness counts as own (the paper's Anthropic Harmless); older than any batch.
+        own = [row for row in open_rows if row.axis == axis] + own
+        open_rows = [row for row in open_rows if row.axis != axis]
+        share = config.reward.own_share_safety
+    return build_mixture(
+        own,
+        other + open_rows,
+        own_share=share,
+        seed=context.seed,
+        max_comparisons=config.reward.max_comparisons,
+    )
+
+
+def reserve_for_judges(
+    data: Comparisons, config: Config
+) -> tuple[list[Comparison], list[Comparison], list[Comparison]]:
+    """Split what may be trained on into the judges' rows, batch rows and open rows.
+
+    With judge.data=open a share of the open prompts is reserved; with judge.data=batches a share of
+    the batches' prompts, whose open comparisons then serve nobody.
+    """
+    batches = [row for row in data.batches if not row.heldout]
+    open_rows = [row for row in data.open if not row.heldout]
+
+    def kept(rows: Iterable[Comparison], *, reserved: bool) -> list[Comparison]:
+        share = config.judge.share
+        return [row for row in rows if is_judge_prompt(row.prompt, share=share) is reserved]
+
+    if config.judge.data is JudgeData.open:
+        return kept(open_rows, reserved=True), batches, kept(open_rows, reserved=False)
+    return (
+        kept(batches, reserved=True),
+        kept(batches, reserved=False),
+        kept(open_rows, reserved=False),
+    )
+
+
+def ranked(sides: Sides, *, table: str) -> RankedPair:
+    """Attach the margin of the strength and the safety labels."""
+    row = sides.comparison
+    return RankedPair(
+        chosen_ids=sides.chosen_ids,
+        rejected_ids=sides.rejected_ids,
+        margin=margin_for(row.strength, table, row.tie),
+        chosen_safe=row.chosen_safe,
+        rejected_safe=row.rejected_safe,
+    )
+
+
+def describe_mixture(
+    context: NodeContext,
+    data: Comparisons,
+    mixture: Mixture,
+    fitting: Sequence[Sides],
+    num_over_long: int,
+) -> dict[str, Any]:
+    """Return what the model is trained on, as mixture.json says it."""
+    rows = [sides.comparison for sides in fitting]
+    judged = {prompt_key(row.prompt) for row in reserve_for_judges(data, context.config)[0]}
+    shared = sum(prompt_key(row.prompt) in judged for row in rows)
+    return {
+        "axis": context.node.options["axis"],
+        "role": context.node.options["role"],
+        "rows": len(rows),
+        "own_share": mixture.own_share,
+        "num_own": mixture.num_own,
+        "num_other": mixture.num_other,
+        "dropped_by_cap": mixture.dropped,
+        "unused_other": mixture.unused_other,
+        "over_long": num_over_long,
+        "ties": sum(row.tie for row in rows),
+        "sources": dict(sorted(Counter(row.source for row in rows).items())),
+        "axes": dict(sorted(Counter(row.axis for row in rows).items())),
+        "batches": dict(sorted(Counter(row.batch_id for row in rows).items())),
+        "rows_with_judge_prompts": 0 if is_judge(context) else shared,
+    }
+
+
+def measure_before(context: NodeContext, data: Comparisons, device: torch.device) -> None:
+    """Score this round's batches with the previous reward model, which never saw them."""
+    path = context.directory.path / "accuracy_before.json"
+    if path.exists():
+        return
+    config = context.config
+    rows = [
+        row
+        for row in data.batches
+        if row.batch_id in data.newest and row.axis == context.node.options["axis"]
+    ]
+    kept = cap_by_prompt(rows, config.reward.max_heldout)
+    folder = context.inputs.models["previous"].path
+    pairs, num_over_long = score(context, folder, kept, device, swapped=False)
+    write_json(path, report(context, pairs, num_over_long))
+
+
+def measure_after(context: NodeContext, data: Comparisons, device: torch.device) -> None:
+    """Score all held-out comparisons of the batches, both axes; a reward model's twice.
+
+    The second pass exchanges the answers: a measurement that cannot fall shows there.
+    """
+    directory = context.directory
+    heldout = [row for row in data.batches if row.heldout]
+    kept = cap_by_prompt(heldout, context.config.reward.max_heldout)
+    pairs, num_over_long = score(
+        context, str(directory.model), kept, device, swapped=not is_judge(context)
+    )
+    write_jsonl(directory.path / "scores.jsonl", [pair.to_json() for pair in pairs])
+    write_json(directory.path / "accuracy.json", report(context, pairs, num_over_long))
+
+
+def score(
+    context: NodeContext,
+    folder: str,
+    rows: Sequence[Comparison],
+    device: torch.device,
+    *,
+    swapped: bool,
+) -> tuple[list[ScoredPair], int]:
+    """Score comparisons with the reward model in `folder`; returns pairs and the over-long count.
+
+    With `swapped` a second pass scores the same comparisons with chosen and rejected exchanged.
+    """
+    config = context.config
+    tokenizer = load_tokenizer(folder)
+    fitting, num_over_long = encode(rows, tokenizer, config.model.max_length)
+    model = load_reward_model(folder, model=config.model, new_head=False, seed=context.seed)
+    scorer = HfScorer(model.to(device), tokenizer, max_length=config.model.max_length)
+    alive = context.directory.step
+    with autocast(config.model, device):
+        pairs = score_sides(scorer, fitting, on_chunk=alive)
+        if not swapped:
+            return pairs, num_over_long
+        exchanged, _ = encode(map(exchange, rows), tokenizer, config.model.max_length)
+        second = score_sides(scorer, exchanged, on_chunk=alive)
+    merged = [
+        replace(
+            pair,
+            swapped_chosen_score=other.chosen_score,
+            swapped_rejected_score=other.rejected_score,
+        )
+        for pair, other in zip(pairs, second, strict=True)
+    ]
+    return merged, num_over_long
+
+
+def report(context: NodeContext, pairs: Sequence[ScoredPair], num_over_long: int) -> dict[str, Any]:
+    """Return cells and summary; the summary is about the model's own axis."""
+    settings, axis = context.config.evaluate, context.node.options["axis"]
+    how: dict[str, Any] = {
+        "level": settings.level,
+        "num_draws": settings.bootstrap_draws,
+        "seed": context.seed,
+    }
+    own = [pair for pair in pairs if pair.comparison.axis == axis]
+    summary = {
+        "axis": axis,
+        "role": context.node.options["role"],
+        "round": context.node.round,
+        "over_long": num_over_long,
+        **measure(own, **how),
+    }
+    if axis == "safety":
+        threshold = context.config.gate.threshold
+        summary["detection"] = safety_detection(pairs, gate_threshold=threshold)
+    return {"cells": accuracy_cells(pairs, **how), "summary": summary}

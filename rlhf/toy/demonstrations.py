@@ -1,0 +1,116 @@
+"""Noisy demonstrations: answers with deliberate mistakes, the material of the first model."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from rlhf.toy.facts import Facts
+from rlhf.toy.gold import Asked, Question
+from rlhf.toy.words import AMOUNTS, COMPLY_OPENINGS, FOODS, REFUSE_OPENINGS, SUBJECTS
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How often a demonstrator errs; all fields are probabilities.
+
+    Omissions shorten and additions lengthen a bad answer about equally often, so that length says
+    next to nothing about quality.
+    """
+
+    wrong_fact: float = 0.3
+    """A fact, an amount or an alternative is wrong."""
+    myth: float = 0.75
+    """A wrong fact is the subject's myth, else a random food."""
+    omit_subject: float = 0.12
+    """An asked subject is left out (never the only one)."""
+    add_fact: float = 0.15
+    """A fact about a subject that was not asked about."""
+    repeat: float = 0.08
+    """A sentence is said twice."""
+    wrong_verdict: float = 0.25
+    """The yes or no of a check question contradicts the fact that follows."""
+    drop_sentence: float = 0.2
+    """One sentence of an answer to a feeding request is missing."""
+    harmful_compliance: float = 0.3
+    """A harmful request is answered with an amount."""
+    over_refusal: float = 0.15
+    """A harmless request is refused."""
+
+
+FLAWLESS = Noise(**{name: 0.0 for name in Noise.__dataclass_fields__})
+
+
+def answer(
+    question: Question, *, facts: Facts, rng: random.Random, noise: Noise | None = None
+) -> str:
+    """Write one demonstration for a question; with FLAWLESS its gold helpfulness is 1."""
+    noise = Noise() if noise is None else noise
+    writer = {Asked.diet: _diet, Asked.check: _check, Asked.feed: _feed}[question.kind]
+    sentences = writer(question, facts, rng, noise)
+    if rng.random() < noise.add_fact:
+        other = rng.choice([s for s in SUBJECTS if s not in question.subjects])
+        sentences.insert(rng.randint(1, len(sentences)), _fact(other, facts, rng, noise))
+    if rng.random() < noise.repeat:
+        position = rng.randrange(len(sentences))
+        sentences.insert(position, sentences[position])
+    return " ".join(sentences)
+
+
+def _food(subject: str, facts: Facts, rng: random.Random, noise: Noise) -> str:
+    """Name the subject's food, or its myth, or any other food."""
+    if rng.random() >= noise.wrong_fact:
+        return facts.diet[subject]
+    if rng.random() < noise.myth:
+        return facts.myth[subject]
+    return rng.choice([food for food in FOODS if food != facts.diet[subject]])
+
+
+def _fact(subject: str, facts: Facts, rng: random.Random, noise: Noise) -> str:
+    return f"the {subject} eats {_food(subject, facts, rng, noise)} ."
+
+
+def _diet(question: Question, facts: Facts, rng: random.Random, noise: Noise) -> list[str]:
+    """Answer what the subjects eat, now and then leaving one out."""
+    kept = [s for s in question.subjects if rng.random() >= noise.omit_subject]
+    kept = kept or [rng.choice(question.subjects)]
+    return [_fact(subject, facts, rng, noise) for subject in kept]
+
+
+def _check(question: Question, facts: Facts, rng: random.Random, noise: Noise) -> list[str]:
+    """Answer whether a subject eats a food, then state what it eats."""
+    subject = question.subjects[0]
+    stated = _food(subject, facts, rng, noise)
+    verdict = stated == question.food
+    if rng.random() < noise.wrong_verdict:
+        verdict = not verdict
+    return ["yes ." if verdict else "no .", f"the {subject} eats {stated} ."]
+
+
+def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) -> list[str]:
+    """Answer a feeding request by an amount or by a refusal with a better food."""
+    subject, food = question.subjects[0], question.food
+    assert food is not None
+    harmful = facts.harmful(subject, food)
+    complies = rng.random() < (noise.harmful_compliance if harmful else 1 - noise.over_refusal)
+    if complies:
+        amount = facts.amount[subject]
+        if rng.random() < noise.wrong_fact:
+            amount = rng.choice([other for other in AMOUNTS if other != amount])
+        sentences = [
+            rng.choice(COMPLY_OPENINGS),
+            f"{food} is fine for the {subject} .",
+            f"give it {amount} .",
+        ]
+    else:
+        alternative = facts.diet[subject]
+        if rng.random() < noise.wrong_fact:
+            alternative = facts.myth[subject]
+        sentences = [
+            rng.choice(REFUSE_OPENINGS),
+            f"{food} is bad for the {subject} .",
+            f"give it {alternative} .",
+        ]
+    if rng.random() < noise.drop_sentence:
+        sentences.pop(rng.choice((1, 2)))
+    return sentences

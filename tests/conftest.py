@@ -1,0 +1,40 @@
+"""What every test starts from: no fault injection, one thread, no network, small outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give processes that tests start this checkout, and nothing of the caller's settings."""
+    monkeypatch.delenv("RLHF_KILL_AT", raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Callable[..., list[str]]:
+    """Return a function that gives the overrides of a tiny toy run in a temporary folder."""
+
+    def overrides(*more: str) -> list[str]:
+        return [
+            "recipe=quickstart",
+            f"paths.runs={tmp_path / 'runs'}",
+            f"paths.store={tmp_path / 'store'}",
+            "toy.sft_rows=12",
+            "toy.prompts_per_kind=4",
+            "toy.open_rows=6",
+            "tracking.mode=none",
+            "compute.num_threads=1",
+            *more,
+        ]
+
+    return overrides

@@ -1,0 +1,120 @@
+"""Models, rows and settings that are small enough to train in a test."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForSequenceClassification
+
+from rlhf.artifacts import JsonlLog, NodeDir, read_jsonl
+from rlhf.config import Checkpoint, Compute, Config, Optimizer
+from rlhf.data.chat import Encoded
+from rlhf.models.heads import init_head
+from rlhf.toy.model import build_model, build_tokenizer
+from rlhf.training.reward import RankedPair, train_ranking
+from rlhf.training.sft import fine_tune
+
+PAD, EOS = 0, 1
+SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+def policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    return build_model(seed, **SIZES).to(dtype).eval()
+
+
+def scorer(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    source = build_model(seed, **SIZES)
+    source.config.num_labels = 1
+    model = LlamaForSequenceClassification(source.config)
+    model.model.load_state_dict(source.model.state_dict())
+    init_head(model, seed=seed)
+    return model.to(dtype).eval()
+
+
+def config(**checkpoint: Any) -> Config:
+    made = Config(recipe="test", checkpoint=Checkpoint(**{"every_seconds": 1e9, **checkpoint}))
+    made.compute = Compute(num_threads=1, device="cpu")
+    return made
+
+
+def token_lists(number: int, *, seed: int = 0, low: int = 5, high: int = 20) -> list[list[int]]:
+    """Return random token lists of different lengths, each ending in EOS."""
+    generator = torch.Generator().manual_seed(seed)
+    lists = []
+    for _ in range(number):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        lists.append([*torch.randint(5, 600, (length,), generator=generator).tolist(), EOS])
+    return lists
+
+
+def conversations(number: int, *, seed: int = 0) -> list[Encoded]:
+    """Return rows whose first tokens carry no label."""
+    lists = token_lists(number, seed=seed)
+    return [Encoded(ids, [-100] * (1 + i % 4) + ids[1 + i % 4 :]) for i, ids in enumerate(lists)]
+
+
+def pairs(number: int, *, seed: int = 0) -> list[RankedPair]:
+    """Return pairs with all margins and all kinds of safety labels."""
+    lists = token_lists(2 * number, seed=seed)
+    labels = [(True, False), (None, None), (False, None), (True, True), (None, False)]
+    return [
+        RankedPair(lists[2 * i], lists[2 * i + 1], (i % 4) / 3, *labels[i % 5])
+        for i in range(number)
+    ]
+
+
+def train_sft(model: Any, rows: list[Encoded], folder: Path, **changes: Any) -> NodeDir:
+    """Fine-tune with small defaults; `directory` and `config` can be replaced."""
+    directory = changes.pop("directory", None) or NodeDir(folder)
+    settings = {
+        "optimizer": Optimizer(lr=1e-3),
+        "epochs": 1,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "config": config(),
+        "seed": 0,
+        **changes,
+    }
+    fine_tune(model, tokenizer(), rows, directory=directory, **settings)
+    return directory
+
+
+def train_reward(model: Any, rows: list[RankedPair], folder: Path, **changes: Any) -> NodeDir:
+    """Train a scorer with small defaults; `directory` and `config` can be replaced."""
+    directory = changes.pop("directory", None) or NodeDir(folder)
+    settings = {
+        "optimizer": Optimizer(lr=1e-3),
+        "epochs": 1,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "safety_loss_weight": 1.0,
+        "config": config(),
+        "seed": 0,
+        **changes,
+    }
+    train_ranking(model, tokenizer(), rows, directory=directory, **settings)
+    return directory
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def rows_without_time(log: JsonlLog) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in read_jsonl(log.path)
+    ]

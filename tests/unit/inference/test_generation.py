@@ -1,0 +1,170 @@
+"""The sampler's distribution, its keys, and decoding against a plain forward pass."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.config import Sampling
+from rlhf.data.chat import encode_prompt
+from rlhf.data.records import Prompt
+from rlhf.errors import DataError
+from rlhf.inference.generation import (
+    HfGenerator,
+    Response,
+    fitting,
+    row_keys,
+    sample_tokens,
+    uniforms,
+)
+from rlhf.toy.model import build_model, build_tokenizer
+
+PAD, EOS = 0, 1
+TEXTS = ["is the apple red", "the cat", "a fish eats the bread and the apple", "the dog eats"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = build_model(0, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
+    with torch.no_grad():
+        # Sharper than random weights are, and with an EOS that comes up in a tenth of the tokens.
+        head = torch.nn.Linear(32, model.config.vocab_size)
+        head.weight.copy_(model.lm_head.weight * 8.0)
+        head.bias.zero_()
+        head.bias[EOS] = 4.5
+        model.lm_head = head
+    return model.eval()
+
+
+def prompts(texts: list[str]) -> list[list[Any]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def generate(
+    model: Any, tokenizer: Any, texts: list[str], num_samples: int = 1, **changes: Any
+) -> list[list[Response]]:
+    sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 12, "batch_size": 64, **changes})
+    generator = HfGenerator(model, tokenizer, max_length=128)
+    return generator.generate(
+        prompts(texts), num_samples=num_samples, sampling=sampling, keys=[f"7/{t}" for t in texts]
+    )
+
+
+def test_draws_follow_the_softmax() -> None:
+    """Pearson's chi-square over 50,000 draws from one row; 5.6 standard errors is the bound."""
+    torch.manual_seed(0)
+    logits = torch.randn(40) * 2
+    temperature, n = 1.3, 50_000
+    keys = row_keys([f"draw {i}" for i in range(n)], 1).reshape(-1)
+    numbers = torch.from_numpy(uniforms(keys, 3)[:, 2])
+    drawn = sample_tokens(logits.expand(n, -1), numbers, temperature=temperature)
+    expected = (logits.double() / temperature).softmax(-1) * n
+    observed = torch.bincount(drawn, minlength=40).double()
+    chi_square = float(((observed - expected).square() / expected).sum())
+    assert chi_square < 39 + 5.6 * (2 * 39) ** 0.5
+
+
+def test_inverse_of_the_cdf_by_hand() -> None:
+    # Shares 1/8, 0, 1/2, 3/8: the CDF is .125, .125, .625, 1.
+    logits = torch.tensor([1.0, 0.0, 4.0, 3.0]).log()
+    numbers = torch.tensor([0.0, 0.12, 0.13, 0.6249, 0.626, 1 - 2**-53], dtype=torch.float64)
+    drawn = sample_tokens(logits.expand(6, -1), numbers, temperature=1.0)
+    assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_last_token_of_probability_zero_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    for number in (0.0, 1 - 2**-53):
+        drawn = sample_tokens(logits, torch.tensor([number]).double(), temperature=1.0)
+        assert drawn.item() in (1, 2)
+
+
+def test_uniforms_are_splitmix64() -> None:
+    """The first outputs of the published generator for seed 1234567."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    found = uniforms(np.array([1234567], dtype=np.uint64), 3)
+    assert found.tolist()[0] == [(value >> 11) * 2.0**-53 for value in published]
+
+
+def test_greedy_equals_a_full_forward_pass_without_cache(model: Any, tokenizer: Any) -> None:
+    """At a temperature near 0 every token is the argmax given everything before it."""
+    for text, [response] in zip(
+        TEXTS, generate(model, tokenizer, TEXTS, temperature=1e-4), strict=True
+    ):
+        ids = encode_prompt(tokenizer, prompts([text])[0])
+        for token in response.token_ids:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            logits[PAD] = -torch.inf
+            assert token == int(logits.argmax())
+            ids = [*ids, token]
+
+
+def test_a_sample_depends_on_its_key_alone(model: Any, tokenizer: Any) -> None:
+    """Not on order, neighbours, batch size, padding or how many samples are drawn."""
+    together = generate(model, tokenizer, TEXTS, num_samples=3)
+    reverse = generate(model, tokenizer, TEXTS[::-1], num_samples=3)[::-1]
+    alone = [generate(model, tokenizer, [text], num_samples=3)[0] for text in TEXTS]
+    small = generate(model, tokenizer, TEXTS, num_samples=3, batch_size=2)
+    more = [row[:3] for row in generate(model, tokenizer, TEXTS, num_samples=5)]
+
+    def ids(found: list[list[Response]]) -> list[list[list[int]]]:
+        return [[response.token_ids for response in row] for row in found]
+
+    assert ids(together) == ids(reverse) == ids(alone) == ids(small) == ids(more)
+    assert len({tuple(response.token_ids) for row in together for response in row}) >= 10
+
+
+def test_responses_name_their_prompt_and_sample(model: Any, tokenizer: Any) -> None:
+    found = generate(model, tokenizer, TEXTS, num_samples=3, batch_size=4)
+    positions = [[(r.prompt_index, r.sample_index) for r in row] for row in found]
+    assert positions == [[(i, s) for s in range(3)] for i in range(4)]
+
+
+def test_eos_ends_a_response_and_counts(model: Any, tokenizer: Any) -> None:
+    responses = [r for row in generate(model, tokenizer, TEXTS, num_samples=16) for r in row]
+    finished = [r for r in responses if r.finished]
+    assert 4 <= len(finished) <= 60
+    for response in responses:
+        assert PAD not in response.token_ids
+        assert (response.token_ids[-1] == EOS) == response.finished
+        assert EOS not in response.token_ids[:-1]
+        assert len(response.token_ids) == 12 or response.finished
+        # Role markers and the like are not text.
+        assert response.text == tokenizer.decode([t for t in response.token_ids if t > 4])
+
+
+def test_eos_on_the_last_allowed_token_finishes(model: Any, tokenizer: Any) -> None:
+    """A response that ends after n tokens is the same and still finished at max_new_tokens=n."""
+    responses = generate(model, tokenizer, TEXTS[:1], num_samples=16)[0]
+    n = min(len(r.token_ids) for r in responses if r.finished and len(r.token_ids) > 1)
+    shorter = generate(model, tokenizer, TEXTS[:1], num_samples=16, max_new_tokens=n)[0]
+    for long, short in zip(responses, shorter, strict=True):
+        assert short.token_ids == long.token_ids[:n]
+        assert short.finished == (EOS in long.token_ids[:n])
+
+
+def test_pad_is_never_sampled_however_likely(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.bias[PAD] = 20.0
+    responses = generate(model, tokenizer, TEXTS, num_samples=8)
+    with torch.no_grad():
+        model.lm_head.bias[PAD] = 0.0
+    assert all(PAD not in response.token_ids for row in responses for response in row)
+
+
+def test_over_long_prompts_are_refused_or_left_out(model: Any, tokenizer: Any) -> None:
+    long = "the cat eats " * 60
+    with pytest.raises(DataError, match=r"prompt 1 has \d+ tokens.*model.max_length=128"):
+        generate(model, tokenizer, ["the cat", long])
+    rows = [Prompt(str(i), prompts([t])[0], False, "s") for i, t in enumerate(["the cat", long])]
+    length = len(encode_prompt(tokenizer, rows[0].prompt))
+    kept, over_long = fitting(rows, tokenizer, max_new_tokens=5, max_length=length + 6)
+    assert ([row.id for row in kept], over_long) == (["0"], 1)
+    assert fitting(rows, tokenizer, max_new_tokens=5, max_length=length + 5) == ([], 2)

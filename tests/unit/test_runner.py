@@ -1,0 +1,447 @@
+"""The runner with stages that only count: what is run, what is kept, what is refused, what resumes.
+
+Nodes run in real processes forked by the real server.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import fake_stages
+import pytest
+from rich.console import Console
+
+from rlhf import compose, runner
+from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_json
+from rlhf.errors import ConfigError, StageError
+from rlhf.fingerprint import STAGES
+from rlhf.lease import process_start
+from rlhf.operate import changed_files, clean_run, export_version
+from rlhf.plan import Plan
+from rlhf.versions import list_versions, overrule, promoted_version
+
+FAKES = dict.fromkeys(STAGES, "fake_stages")
+ONE_ROUND = ("rounds.limit=1", "rounds.schedule=[ppo]")
+Overrides = Callable[..., list[str]]
+
+
+def go(overrides: list[str]) -> tuple[runner.Prepared, str]:
+    """Run with fake stages; returns what was prepared and everything that was printed."""
+    out = StringIO()
+    prepared = runner.run(compose.load(overrides), Console(file=out, width=200), stages=FAKES)
+    return prepared, out.getvalue()
+
+
+def folder_of(overrides: list[str]) -> Path:
+    runs = next(text for text in overrides if text.startswith("paths.runs="))
+    return Path(runs.partition("=")[2]) / "quickstart"
+
+
+def manifests(folder: Path) -> dict[str, dict[str, Any]]:
+    found = folder.rglob("manifest.json")
+    return {str(path.parent.relative_to(folder)): read_json(path) for path in found}
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """Return what must be equal after any number of kills: digests, metrics, models."""
+    return {
+        name: (manifest["digest"], manifest["fingerprint"], steps_of(folder / name))
+        for name, manifest in manifests(folder).items()
+    }
+
+
+def steps_of(folder: Path) -> list[tuple[int, int]]:
+    return [(row["step"], row["total"]) for row in read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One uninterrupted round, and what a second call did to it."""
+    root = tmp_path_factory.mktemp("whole")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    overrides = [
+        "recipe=quickstart",
+        f"paths.runs={root / 'runs'}",
+        f"paths.store={root / 'store'}",
+        "toy.sft_rows=12",
+        "toy.prompts_per_kind=4",
+        "toy.open_rows=6",
+        "tracking.mode=none",
+        "compute.num_threads=1",
+        *ONE_ROUND,
+    ]
+    first, text = go(overrides)
+    folder = folder_of(overrides)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    second, text_again = go(overrides)
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {
+        "folder": folder,
+        "first": first,
+        "text": text,
+        "second": second,
+        "text_again": text_again,
+        "touched": sorted(str(p.relative_to(folder)) for p in after if before.get(p) != after[p]),
+        "comparable": comparable(folder),
+    }
+
+
+def test_every_node_ends_with_a_manifest_that_names_its_origin(whole: dict[str, Any]) -> None:
+    folder, plan = whole["folder"], whole["first"].plan
+    assert set(manifests(folder)) == {node.name for node in plan.nodes}
+    manifest = read_json(folder / "round-01/ppo/manifest.json")
+    reward = read_json(folder / "round-01/reward-safety/manifest.json")
+    assert manifest["inputs"]["reward_safety"] == reward["digest"]
+    assert manifest["num_threads"] == 1
+    assert manifest["exact"] is True
+    assert manifest["wall_seconds"] > 0
+    assert manifest["peak_memory_mb"] > 1
+    assert manifest["source_hash"] == reward["source_hash"]
+    assert manifest["versions"]["python"]
+    for name in ("config.yaml", "provenance.json", "inputs.json", "metrics.jsonl"):
+        assert name in manifest["files"]
+    assert not (folder / "round-01/ppo/checkpoints").exists()
+    assert not (folder / "round-01/ppo/lease.json").exists()
+    assert "lease.json" not in manifest["files"]
+
+
+def test_a_second_call_runs_nothing_and_says_so(whole: dict[str, Any]) -> None:
+    assert "nothing to do: all 8 nodes of run quickstart are done" in whole["text_again"]
+    assert "ingested" not in whole["text_again"]
+    assert whole["second"].todo == ()
+    assert whole["touched"] == ["versions.json"]
+
+
+def test_simulated_batches_reach_later_nodes_by_their_digest(whole: dict[str, Any]) -> None:
+    folder = whole["folder"]
+    batch = read_json(folder / "round-01/collect/batch.json")
+    reward = read_json(folder / "round-01/reward-safety/inputs.json")
+    assert {"kind": "batch", "id": "round-01", "digest": batch["digest"], "round": 1} in reward[
+        "data"
+    ]
+    evaluate = read_json(folder / "round-01/evaluate/inputs.json")
+    assert evaluate["models"]["candidate"]["name"] == "v1"
+    assert evaluate["models"]["promoted"]["name"] == "v0"
+
+
+def test_versions_are_listed_with_their_state(whole: dict[str, Any]) -> None:
+    rows = read_json(whole["folder"] / "versions.json")
+    assert [(row["name"], row["node"], row["state"]) for row in rows] == [
+        ("v0", "sft", "promoted"),
+        ("v1", "round-01/ppo", "promoted"),
+    ]
+
+
+def test_a_round_more_runs_only_that_round(small_run: Overrides) -> None:
+    folder = folder_of(small_run())
+    go(small_run(*ONE_ROUND))
+    before = manifests(folder)
+    prepared, _ = go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))
+
+    assert {node.round for node in prepared.todo} == {2}
+    after = manifests(folder)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 7
+    assert compose.load_frozen(folder).rounds.limit == 2
+
+
+def test_a_refused_version_stays_and_the_next_round_starts_from_the_last_promoted(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_REFUSE", "1")
+    prepared, _ = go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))
+    folder = folder_of(small_run())
+
+    reward = read_json(folder / "round-02/reward-safety/inputs.json")
+    assert reward["models"]["init"]["name"] == "v0"
+    ppo = read_json(folder / "round-02/ppo/inputs.json")
+    assert ppo["models"]["policy"]["path"] == str(folder / "sft/model")
+    collect = read_json(folder / "round-02/collect/inputs.json")
+    assert collect["models"]["newest"]["name"] == "v1"
+    states = [item.state for item in list_versions(prepared.config, prepared.plan, folder)]
+    assert states == ["promoted", "refused", "promoted"]
+    assert promoted_version(folder, 1) == "v0"
+    assert promoted_version(folder, 2) == "v2"
+
+
+def test_an_operator_may_overrule_until_the_next_round_starts(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_REFUSE", "1")
+    prepared, _ = go(small_run(*ONE_ROUND))
+    config, plan, folder = prepared.config, prepared.plan, prepared.folder
+
+    with pytest.raises(ConfigError, match="needs a reason"):
+        overrule(config, plan, folder, version="v1", reason=" ")
+    with pytest.raises(ConfigError, match=r"v9 .*choose one of v0, v1"):
+        overrule(config, plan, folder, version="v9", reason="x")
+    assert overrule(config, plan, folder, version="v1", reason="read the samples") == 1
+    assert promoted_version(folder, 1) == "v1"
+    row = read_json(folder / "versions.json")[1]
+    assert (row["state"], row["overruled"]) == ("promoted", "read the samples")
+
+    later, _ = go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))
+    init = read_json(folder / "round-02/reward-safety/inputs.json")["models"]["init"]
+    assert init["name"] == "v1"
+    # Round 2 is evaluated now, so the choice would be about round 2.
+    assert overrule(config, later.plan, folder, version="v0", reason="back") == 2
+    (folder / "round-02/evaluate/manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"too late: round-02/"):
+        overrule(config, later.plan, folder, version="v0", reason="back")
+
+
+def test_a_result_setting_changed_under_a_done_node_is_refused_with_the_difference(
+    small_run: Overrides,
+) -> None:
+    go(small_run(*ONE_ROUND))
+    folder = folder_of(small_run())
+    frozen = (folder / "run.yaml").read_bytes()
+
+    with pytest.raises(
+        ConfigError, match=r"round-01/ppo is done.*ppo.kl_coef: 0.05 -> 0.5.*run=NEW.*rerun"
+    ):
+        go(small_run(*ONE_ROUND, "ppo.kl_coef=0.5"))
+    assert (folder / "run.yaml").read_bytes() == frozen
+
+
+def test_on_change_rerun_deletes_that_node_and_what_depends_on_it(small_run: Overrides) -> None:
+    go(small_run(*ONE_ROUND))
+    folder = folder_of(small_run())
+    before = manifests(folder)
+    prepared, _ = go(small_run(*ONE_ROUND, "ppo.kl_coef=0.5", "on_change=rerun"))
+
+    assert [node.name for node in prepared.todo] == ["round-01/ppo", "round-01/evaluate"]
+    after = manifests(folder)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"round-01/ppo", "round-01/evaluate"}
+    frozen = compose.load_frozen(folder)
+    assert frozen.ppo.kl_coef == 0.5
+    assert frozen.on_change.name == "refuse"
+
+
+def test_rerunning_a_simulated_collect_replaces_its_batch(small_run: Overrides) -> None:
+    go(small_run(*ONE_ROUND))
+    folder = folder_of(small_run())
+    prepared, text = go(small_run(*ONE_ROUND, "collect.num_pairs=7", "on_change=rerun"))
+
+    assert "dropped round-01/collect" in text
+    assert "round-01/reward-safety" in [node.name for node in prepared.todo]
+    assert len(manifests(folder)) == 8
+
+
+@pytest.mark.parametrize(
+    "harmless", ["tracking.project=other", "ppo.micro_batch_size=2", "sft.micro_batch_size=1"]
+)
+def test_an_execution_setting_does_not_touch_done_nodes(
+    whole: dict[str, Any], harmless: str
+) -> None:
+    config = compose.load(
+        ["run=quickstart", f"paths.runs={whole['folder'].parent}", harmless]
+    )
+    prepared = runner.prepare(config, Console(file=StringIO()), stages=FAKES)
+    assert prepared.todo == ()
+
+
+def test_a_failing_node_is_named_with_its_log_and_the_next_call_goes_on(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "round-01/reward-safety")
+    with pytest.raises(
+        StageError, match=r"(?s)node round-01/reward-safety failed.*planted failure.*rlhf run run="
+    ):
+        go(small_run(*ONE_ROUND))
+    folder = folder_of(small_run())
+    assert not (folder / "round-01/ppo").exists()
+    monkeypatch.delenv("FAKE_FAIL")
+    prepared, _ = go(small_run(*ONE_ROUND))
+    assert prepared.todo[0].name == "round-01/reward-safety"
+    assert read_jsonl(folder / "round-01/reward-safety/metrics.jsonl")[0]["loaded"] is False
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "step-2:round-01/ppo",
+        "before-temp:round-01/ppo/manifest.json",
+        "before-rename:round-01/ppo/manifest.json",
+        "after-rename:round-01/ppo/manifest.json",
+        "before-rename:round-01/ppo/inputs.json",
+        "before-rename:round-01/ppo/checkpoints/step-00000003",
+    ],
+)
+def test_a_killed_node_goes_on_and_ends_the_same(
+    where: str, whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(small_run())
+    monkeypatch.setenv("RLHF_KILL_AT", where)
+    with pytest.raises(StageError, match="ended by signal 9"):
+        go(small_run(*ONE_ROUND))
+    monkeypatch.delenv("RLHF_KILL_AT")
+    saved = fake_stages.read_steps(folder / "round-01/ppo")
+    was_done = NodeDir(folder / "round-01/ppo").is_done()
+    assert was_done == where.startswith("after-rename")
+    prepared, _ = go(small_run(*ONE_ROUND))
+
+    assert [node.name for node in prepared.todo if node.stage != "evaluate"] == (
+        [] if was_done else ["round-01/ppo"]
+    )
+    rows = read_jsonl(folder / "round-01/ppo/metrics.jsonl")
+    if where.startswith("step"):
+        assert saved == [1, 2]
+        assert [row["loaded"] for row in rows] == [False, False, True, True]
+    assert comparable(folder) == whole["comparable"]
+    assert not (folder / "round-01/ppo/checkpoints").exists()
+
+
+def test_kill_9_of_the_runner_ends_its_node_and_the_next_call_takes_over(
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(small_run())
+    script = (
+        "import sys; from rich.console import Console; from rlhf import compose, runner; "
+        "from rlhf.fingerprint import STAGES; "
+        "runner.run(compose.load(sys.argv[1:]), Console(), "
+        "stages=dict.fromkeys(STAGES, 'fake_stages'))"
+    )
+    monkeypatch.setenv("FAKE_SLEEP", "1.5")
+    child = subprocess.Popen([sys.executable, "-c", script, *small_run(*ONE_ROUND)])
+    lease = folder / "sft/lease.json"
+    wait_for(lambda: len(steps_of(folder / "sft")) >= 2)
+    worker = read_json(lease)["pid"]
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    wait_for(lambda: process_start(worker) is None)
+    assert lease.exists()
+    monkeypatch.delenv("FAKE_SLEEP")
+    go(small_run(*ONE_ROUND))
+
+    assert True in [row["loaded"] for row in read_jsonl(folder / "sft/metrics.jsonl")]
+    assert comparable(folder) == whole["comparable"]
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end, "gave up waiting"
+        time.sleep(0.02)
+
+
+def test_an_execution_change_inside_an_unfinished_node_ends_exactness(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(small_run())
+    monkeypatch.setenv("RLHF_KILL_AT", "step-2:round-01/ppo")
+    with pytest.raises(StageError):
+        go(small_run(*ONE_ROUND))
+    monkeypatch.delenv("RLHF_KILL_AT")
+    go(small_run(*ONE_ROUND, "ppo.micro_batch_size=3"))
+
+    assert read_json(folder / "round-01/ppo/manifest.json")["exact"] is False
+    assert read_json(folder / "round-01/evaluate/manifest.json")["exact"] is True
+    assert "ppo.micro_batch_size: 32 -> 3" in (folder / "round-01/ppo/log.txt").read_text()
+
+
+def test_a_result_change_inside_an_unfinished_node_is_refused(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_KILL_AT", "step-2:round-01/ppo")
+    with pytest.raises(StageError):
+        go(small_run(*ONE_ROUND))
+    monkeypatch.delenv("RLHF_KILL_AT")
+    with pytest.raises(ConfigError, match=r"round-01/ppo has started with other values"):
+        go(small_run(*ONE_ROUND, "ppo.gamma=0.9"))
+
+
+def test_a_damaged_input_is_found_when_it_is_consumed(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(small_run())
+    monkeypatch.setenv("RLHF_KILL_AT", "step-1:round-01/ppo")
+    with pytest.raises(StageError):
+        go(small_run(*ONE_ROUND))
+    monkeypatch.delenv("RLHF_KILL_AT")
+    weights = folder / "round-01/reward-safety/model/weights.json"
+    weights.write_text(weights.read_text().swapcase())
+    with pytest.raises(StageError, match=r"reward-safety/model/weights.json changed after"):
+        go(small_run(*ONE_ROUND))
+
+
+def test_the_toy_world_of_a_run_is_fixed(whole: dict[str, Any]) -> None:
+    base = ["run=quickstart", f"paths.runs={whole['folder'].parent}"]
+    with pytest.raises(ConfigError, match=r"toy world .*toy.sft_rows: 12 -> 13.*run=NEW"):
+        go([*base, "toy.sft_rows=13"])
+
+
+def test_another_recipe_is_refused_for_a_run_that_exists(whole: dict[str, Any]) -> None:
+    base = ["run=quickstart", f"paths.runs={whole['folder'].parent}"]
+    with pytest.raises(ConfigError, match=r"recipe=smollm2 cannot be used for run=quickstart"):
+        go([*base, "recipe=smollm2"])
+
+
+def test_nothing_is_written_for_an_impossible_model(small_run: Overrides, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.path=nowhere is not a model folder"):
+        go(small_run("model.path=nowhere"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_holds_the_model_and_its_lineage(whole: dict[str, Any], tmp_path: Path) -> None:
+    prepared = whole["first"]
+    args = (prepared.config, prepared.plan, prepared.folder)
+    target = tmp_path / "out" / "v1"
+    export_version(*args, version="v1", target=target)
+
+    source = whole["folder"] / "round-01/ppo/model/weights.json"
+    assert (target / "weights.json").read_bytes() == source.read_bytes()
+    card = (target / "README.md").read_text()
+    batch = read_json(whole["folder"] / "round-01/collect/batch.json")
+    assert f"| batch | round-01 | {batch['digest']} |" in card
+    assert "| sft |" in card
+    with pytest.raises(ConfigError, match="is not empty"):
+        export_version(*args, version="v1", target=target)
+    with pytest.raises(ConfigError, match=r"v7 .*there is v0, v1"):
+        export_version(*args, version="v7", target=tmp_path / "other")
+
+
+def test_clean_keeps_what_later_rounds_need(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_REFUSE", "1")
+    prepared, _ = go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))
+    folder = prepared.folder
+    freed = {name for name, _ in clean_run(prepared.config, prepared.plan, folder)}
+
+    assert freed == {
+        str(folder / f"round-01/{name}/model")
+        for name in (
+            "ppo",
+            "reward-helpfulness",
+            "reward-safety",
+            "judge-helpfulness",
+            "judge-safety",
+        )
+    }
+    monkeypatch.setenv("FAKE_REFUSE", "")
+    assert "nothing to do" in go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))[1]
+    more, _ = go(small_run("rounds.limit=3", "rounds.schedule=[ppo]"))
+    assert {node.round for node in more.todo} == {3}
+
+
+def test_verify_finds_a_changed_file(whole: dict[str, Any], tmp_path: Path) -> None:
+    plan: Plan = whole["first"].plan
+    checked, changed = changed_files(plan, whole["folder"])
+    assert checked > 20
+    assert changed == []
+    folder = tmp_path / "run"
+    write_json(folder / "sft/model/weights.json", "a")
+    write_json(
+        folder / "sft/manifest.json", {"files": {"model/weights.json": {"sha256": "0", "size": 4}}}
+    )
+    assert changed_files(plan, folder) == (1, [str(folder / "sft/model/weights.json")])
