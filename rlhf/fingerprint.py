@@ -21,13 +21,22 @@ from rlhf.nodes import Inputs, Node, node_seed
 
 STAGE_GROUPS: Mapping[str, tuple[str, ...]] = {
     "sft": ("model", "data", "toy", "sft"),
-    "reward": ("model", "data", "reward", "judge", "gate"),
+    "reward": (
+        "model",
+        "data",
+        "reward",
+        "judge",
+        "gate",
+        "evaluate.level",
+        "evaluate.bootstrap_draws",
+        "evaluate.unsafe_threshold",
+    ),
     "rejection": ("model", "data", "sft", "gate", "rejection"),
     "ppo": ("model", "data", "gate", "ppo"),
     "evaluate": ("model", "data", "toy", "gate", "evaluate"),
     "collect": ("model", "data", "toy", "collect"),
 }
-"""Configuration groups that a stage may read; every stage also depends on `seed`."""
+"""Groups, or single settings, that a stage may read; every stage also depends on `seed`."""
 
 PLAN_GROUPS = ("rounds",)
 """Groups that shape the plan only; what they change shows in the nodes and their inputs."""
@@ -74,7 +83,8 @@ def relevant(stage: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in sorted(flat.items())
-        if effect.get(key) == "result" and (key == "seed" or key.partition(".")[0] in groups)
+        if effect.get(key) == "result"
+        and (key == "seed" or key in groups or key.partition(".")[0] in groups)
     }
 
 

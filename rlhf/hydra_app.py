@@ -51,6 +51,8 @@ def run(
         main(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+    except SystemExit as stop:
+        return int(stop.code or 0)
     finally:
         sys.argv = before
     return code

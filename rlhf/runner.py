@@ -83,6 +83,9 @@ def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STA
     _check_started(config, plan, listing, folder, console, stages=stages)
     _freeze(config, plan, folder)
     todo = tuple(node for node in within_limit(config, plan) if not _is_done(folder, node))
+    for node in within_limit(config, plan):
+        if node not in todo:
+            NodeDir(folder / node.name).drop_checkpoints()
     return Prepared(config, plan, listing, folder, todo)
 
 

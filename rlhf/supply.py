@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ def fill_from_toy_world(config: Config) -> list[str]:
     store = open_store(config)
     toy = config.toy
     number = toy.prompts_per_kind
-    makers = {
+    makers: dict[Kind, tuple[str, Callable[[], Sequence[Row]]]] = {
         Kind.sft: ("toy-sft", lambda: world.sft_set(toy.sft_rows)),
         Kind.prompts: ("toy-prompts", lambda: world.prompt_set(number, number, number)),
         Kind.open: ("toy-open", lambda: world.open_set(toy.open_rows, config.seed)),

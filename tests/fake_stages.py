@@ -1,4 +1,4 @@
-"""Stages without torch: they count, checkpoint and write what the runner needs, and nothing else."""
+"""Stages without torch: they count, checkpoint and write what the runner needs."""
 
 from __future__ import annotations
 

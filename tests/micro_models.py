@@ -31,12 +31,16 @@ def policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def scorer(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    source = build_model(seed, **SIZES)
+    return scorer_over(policy(seed), seed=seed).to(dtype)
+
+
+def scorer_over(source: Any, *, seed: int) -> Any:
+    """Put a score head drawn from the seed on a copy of a policy's trunk."""
     source.config.num_labels = 1
     model = LlamaForSequenceClassification(source.config)
     model.model.load_state_dict(source.model.state_dict())
     init_head(model, seed=seed)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def config(**checkpoint: Any) -> Config:

@@ -131,7 +131,7 @@ def loop(
     )
 
 
-def save_finishing_policy(folder: Path, *, eos: float = 0.75) -> str:
+def save_finishing_policy(folder: Path, *, eos: float = 0.9) -> str:
     """Save a policy whose every fifth token or so is EOS; the higher `eos`, the more."""
     policy = micro.policy(0)
     settings = policy.config

@@ -29,20 +29,18 @@ class Sides:
 
 def encode(
     rows: Iterable[Comparison], tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> tuple[list[Sides], int]:
-    """Encode both sides; returns the comparisons that fit and how many do not."""
-    fitting, num_over_long = [], 0
+) -> list[Sides]:
+    """Encode both sides and return the comparisons of which neither exceeds `max_length`."""
+    fitting = []
     for row in rows:
         sides = Sides(
             row,
             encode_pair_side(tokenizer, row.prompt, row.chosen),
             encode_pair_side(tokenizer, row.prompt, row.rejected),
         )
-        if max(len(sides.chosen_ids), len(sides.rejected_ids)) > max_length:
-            num_over_long += 1
-        else:
+        if max(len(sides.chosen_ids), len(sides.rejected_ids)) <= max_length:
             fitting.append(sides)
-    return fitting, num_over_long
+    return fitting
 
 
 def cap_by_prompt(rows: Sequence[Comparison], cap: int | None) -> list[Comparison]:

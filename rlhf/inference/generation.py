@@ -27,6 +27,8 @@ from rlhf.errors import DataError
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Step of the SplitMix64 sequence."""
+UNITS = 2.0**44
+"""Units of probability in a whole; times the vocabulary still far below 2^63."""
 KEEP_SHARE = 0.75
 """Finished rows leave the batch once at most this share of it is still being written."""
 
@@ -84,13 +86,14 @@ def uniforms(row_keys_B: NDArray[np.uint64], num_tokens: int) -> NDArray[np.floa
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float) -> Tensor:
     """Draw one token a row from softmax(logits / temperature) by the inverse of its CDF, [B].
 
-    A token whose probability is 0 in float32 is never drawn.
+    Probabilities are counted in units of 2^-44: sums of integers are exact in any order and on any
+    device. What is less likely than one unit is never drawn.
     """
-    cdf_BV = (logits_BV.float() / temperature).softmax(-1).double().cumsum(-1)
+    probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
+    cdf_BV = (probabilities_BV * UNITS).long().cumsum(-1)
     total_B = cdf_BV[:, -1]
     # The product may round up to the total, behind which there is no token.
-    below_total_B = torch.nextafter(total_B, torch.zeros_like(total_B))
-    target_B = torch.minimum(uniforms_B * total_B, below_total_B)
+    target_B = torch.minimum((uniforms_B * total_B).long(), total_B - 1)
     return torch.searchsorted(cdf_BV, target_B.unsqueeze(1), right=True).squeeze(1)
 
 

@@ -200,10 +200,7 @@ def _mixtures(mixtures: Sequence[Row]) -> Table:
 
 
 def _rejection(selections: Sequence[Row]) -> Table:
-    table = _table(
-        "Rejection sampling: score of the best and of the median of N", "round", "axis", "N",
-        "best", "median", "gain",
-    )  # fmt: skip
+    table = _table("Rejection sampling", "round", "axis", "N", "best of N", "median of N", "gain")
     for selection in selections:
         for axis, curve in selection["against_n"].items():
             for n in _powers_of_two(len(curve["max"])):

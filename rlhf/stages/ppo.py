@@ -7,6 +7,7 @@ policy that scored best on held-out prompts.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from rlhf.artifacts import write_json
 from rlhf.config import Config, CriticInit
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import keyed_order
-from rlhf.data.records import Prompt
+from rlhf.data.records import AXES, Prompt
 from rlhf.errors import ConfigError, StageError
 from rlhf.inference.generation import fitting, scoring_length
 from rlhf.inference.scoring import HfScorer, Scorer
 from rlhf.models.actor_critic import ValueModel
+from rlhf.models.adapters import AdapterFolder, AdapterTrunk, common_base, load_head
 from rlhf.models.loading import (
     load_policy,
     load_reward_model,
@@ -29,6 +31,7 @@ from rlhf.models.loading import (
     setup_torch,
 )
 from rlhf.nodes import NodeContext
+from rlhf.training.adapter_roles import CRITIC, AdapterRoles
 from rlhf.training.ppo import PpoLoop
 from rlhf.training.roles import SeparateRoles
 from rlhf.training.rollout import Roles
@@ -39,15 +42,12 @@ REVISION = 1
 
 
 def run(context: NodeContext) -> None:
-    """Train the policy and write model/, metrics.jsonl, samples.jsonl and ppo.json."""
+    """Write model/ (with LoRA also adapter/), metrics.jsonl, samples.jsonl and ppo.json."""
     config, directory = context.config, context.directory
     device = setup_torch(config.compute)
     tokenizer = load_tokenizer(context.inputs.models["policy"].path)
     prompts, heldout, counts = _prompts(context, tokenizer)
-    policy = load_policy(
-        context.inputs.models["policy"].path, model=config.model, seed=context.seed
-    ).to(device)
-    roles = _roles(context, policy, tokenizer, device)
+    roles, finish = _open_roles(context, tokenizer, device)
     loop = PpoLoop(
         roles,
         prompts=prompts,
@@ -58,7 +58,7 @@ def run(context: NodeContext) -> None:
     )
     state = loop.run()
     log.info("stopped by %s; best is iteration %d", state.stopped, state.best_iteration)
-    save_model(policy, tokenizer, directory.model)
+    save_model(finish(), tokenizer, directory.model)
     write_json(
         directory.path / "ppo.json",
         {
@@ -104,7 +104,20 @@ def _prompts(
     return prompts, heldout, counts
 
 
-def _roles(context: NodeContext, policy: Any, tokenizer: Any, device: torch.device) -> Roles:
+def _open_roles(
+    context: NodeContext, tokenizer: Any, device: torch.device
+) -> tuple[Roles, Callable[[], Any]]:
+    """Return the roles and what gives the plain trained policy at the end."""
+    if context.config.model.lora.enabled:
+        return _adapter_roles(context, tokenizer, device)
+    path = context.inputs.models["policy"].path
+    policy = load_policy(path, model=context.config.model, seed=context.seed).to(device)
+    return _separate_roles(context, policy, tokenizer, device), lambda: policy
+
+
+def _separate_roles(
+    context: NodeContext, policy: Any, tokenizer: Any, device: torch.device
+) -> Roles:
     config, models = context.config, context.inputs.models
     settings = config.model
 
@@ -129,6 +142,58 @@ def _roles(context: NodeContext, policy: Any, tokenizer: Any, device: torch.devi
         settings=settings,
         temperature=config.ppo.sampling.temperature,
     )
+
+
+def _adapter_roles(
+    context: NodeContext, tokenizer: Any, device: torch.device
+) -> tuple[Roles, Callable[[], Any]]:
+    """Put all roles on the base that their adapters were trained on (one model in memory)."""
+    config = context.config
+    paths = {role: model.path for role, model in context.inputs.models.items()}
+    _refuse_for_adapters(config, paths)
+    scorers = {axis: AdapterFolder.beside(paths[f"reward_{axis}"]) for axis in AXES}
+    base = common_base(paths["policy"], scorers)
+    model = load_policy(base, model=config.model, seed=context.seed).to(device)
+    is_base = Path(paths["policy"]).resolve() == Path(base).resolve()
+    trunk = AdapterTrunk(
+        model,
+        lora=config.model.lora,
+        policy=None if is_base else AdapterFolder.beside(paths["policy"]),
+        seed=context.seed,
+    )
+    for axis in AXES:
+        trunk.add(axis, scorers[axis])
+    trunk.add(CRITIC, AdapterFolder.beside(paths["critic"]))
+    roles = AdapterRoles(
+        trunk=trunk,
+        critic_head=load_head(paths["critic"], device=device),
+        scorers={axis: (axis, load_head(paths[f"reward_{axis}"], device=device)) for axis in AXES},
+        tokenizer=tokenizer,
+        settings=config.model,
+        temperature=config.ppo.sampling.temperature,
+        max_scoring_length=scoring_length(config.model.max_length, config.ppo.sampling),
+    )
+
+    def finish() -> Any:
+        trunk.save(context.directory.path / "adapter")
+        return trunk.merge()
+
+    return roles, finish
+
+
+def _refuse_for_adapters(config: Config, paths: Mapping[str, str]) -> None:
+    """Refuse what five roles on one trunk cannot do, with ConfigError."""
+    refused = {
+        "ppo.critic_init=policy": config.ppo.critic_init is CriticInit.policy,
+        "model.gradient_checkpointing=true": config.model.gradient_checkpointing,
+        "ppo.reference=sft": paths["reference"] != paths["policy"],
+    }
+    for setting, is_set in refused.items():
+        if is_set:
+            raise ConfigError(
+                f"{setting} cannot work in PPO with model.lora.enabled=true, whose roles share one "
+                "trunk: change it, or set model.lora.enabled=false"
+            )
 
 
 def _critic(context: NodeContext, policy: Any) -> ValueModel:

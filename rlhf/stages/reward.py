@@ -54,6 +54,8 @@ class Comparisons:
     open: list[Comparison]
     newest: frozenset[str]
     """Ids of this round's batches."""
+    over_long: dict[str, int]
+    """Comparisons left out because a side exceeds model.max_length, per axis."""
 
 
 def run(context: NodeContext) -> None:
@@ -65,6 +67,7 @@ def run(context: NodeContext) -> None:
     config, directory = context.config, context.directory
     device = setup_torch(config.compute)
     data = read_comparisons(context)
+    log.info("comparisons over model.max_length, left out: %s", data.over_long)
     if "previous" in context.inputs.models and not is_judge(context):
         measure_before(context, data, device)
     if not directory.model.exists():
@@ -78,17 +81,30 @@ def is_judge(context: NodeContext) -> bool:
 
 
 def read_comparisons(context: NodeContext) -> Comparisons:
-    """Read the batches up to this round, and the open comparisons."""
+    """Read the batches up to this round and the open comparisons, over-long ones left out.
+
+    Length is checked before anything is mixed or capped, so that shares and caps hold for the rows
+    that are really used.
+    """
     store = Store(Path(context.config.paths.store), context.config.data.stream)
+    tokenizer = load_tokenizer(context.inputs.models["init"].path)
     entries = [e for e in context.inputs.of_kind("batch") if e.round <= context.node.round]
+    over_long: Counter[str] = Counter()
+
+    def fitting(kind: Kind, ids: Iterable[str]) -> list[Comparison]:
+        rows = [row for id in ids for row in store.comparisons(kind, id)]
+        kept = [
+            sides.comparison for sides in encode(rows, tokenizer, context.config.model.max_length)
+        ]
+        over_long.update(row.axis for row in rows)
+        over_long.subtract(row.axis for row in kept)
+        return kept
+
     return Comparisons(
-        batches=[row for entry in entries for row in store.comparisons(Kind.batch, entry.id)],
-        open=[
-            row
-            for entry in context.inputs.of_kind("open")
-            for row in store.comparisons(Kind.open, entry.id)
-        ],
+        batches=fitting(Kind.batch, [entry.id for entry in entries]),
+        open=fitting(Kind.open, [entry.id for entry in context.inputs.of_kind("open")]),
         newest=frozenset(entry.id for entry in entries if entry.round == context.node.round),
+        over_long=dict(over_long),
     )
 
 
@@ -98,16 +114,13 @@ def train(context: NodeContext, data: Comparisons) -> None:
     axis = context.node.options["axis"]
     tokenizer = load_tokenizer(models["init"].path)
     mixture = choose_rows(context, data)
-    fitting, num_over_long = encode(mixture.rows, tokenizer, config.model.max_length)
-    write_json(
-        directory.path / "mixture.json",
-        describe_mixture(context, data, mixture, fitting, num_over_long),
-    )
-    if not fitting:
+    write_json(directory.path / "mixture.json", describe_mixture(context, data, mixture))
+    if not mixture.rows:
         raise DataError(
             f"no {axis} comparison is left to train {context.node.name} on (over-long: "
-            f"{num_over_long}): ingest more, change judge.data, or raise model.max_length"
+            f"{data.over_long}): ingest more, change judge.data, or raise model.max_length"
         )
+    encoded = encode(mixture.rows, tokenizer, config.model.max_length)
     # Every reward model's head but the first comes from its predecessor.
     scorer = load_reward_model(
         models["init"].path, model=config.model, new_head=True, seed=context.seed
@@ -117,7 +130,7 @@ def train(context: NodeContext, data: Comparisons) -> None:
     train_ranking(
         scorer,
         tokenizer,
-        [ranked(sides, table=config.reward.margin.name) for sides in fitting],
+        [ranked(sides, table=config.reward.margin.name) for sides in encoded],
         optimizer=config.reward.optimizer,
         epochs=config.reward.epochs,
         batch_size=config.reward.batch_size,
@@ -196,15 +209,9 @@ def ranked(sides: Sides, *, table: str) -> RankedPair:
     )
 
 
-def describe_mixture(
-    context: NodeContext,
-    data: Comparisons,
-    mixture: Mixture,
-    fitting: Sequence[Sides],
-    num_over_long: int,
-) -> dict[str, Any]:
+def describe_mixture(context: NodeContext, data: Comparisons, mixture: Mixture) -> dict[str, Any]:
     """Return what the model is trained on, as mixture.json says it."""
-    rows = [sides.comparison for sides in fitting]
+    rows = mixture.rows
     judged = {prompt_key(row.prompt) for row in reserve_for_judges(data, context.config)[0]}
     shared = sum(prompt_key(row.prompt) in judged for row in rows)
     return {
@@ -216,7 +223,7 @@ def describe_mixture(
         "num_other": mixture.num_other,
         "dropped_by_cap": mixture.dropped,
         "unused_other": mixture.unused_other,
-        "over_long": num_over_long,
+        "over_long": data.over_long,
         "ties": sum(row.tie for row in rows),
         "sources": dict(sorted(Counter(row.source for row in rows).items())),
         "axes": dict(sorted(Counter(row.axis for row in rows).items())),
@@ -238,8 +245,8 @@ def measure_before(context: NodeContext, data: Comparisons, device: torch.device
     ]
     kept = cap_by_prompt(rows, config.reward.max_heldout)
     folder = context.inputs.models["previous"].path
-    pairs, num_over_long = score(context, folder, kept, device, swapped=False)
-    write_json(path, report(context, pairs, num_over_long))
+    pairs = score(context, folder, kept, device, swapped=False)
+    write_json(path, report(context, data, pairs))
 
 
 def measure_after(context: NodeContext, data: Comparisons, device: torch.device) -> None:
@@ -250,11 +257,9 @@ def measure_after(context: NodeContext, data: Comparisons, device: torch.device)
     directory = context.directory
     heldout = [row for row in data.batches if row.heldout]
     kept = cap_by_prompt(heldout, context.config.reward.max_heldout)
-    pairs, num_over_long = score(
-        context, str(directory.model), kept, device, swapped=not is_judge(context)
-    )
+    pairs = score(context, str(directory.model), kept, device, swapped=not is_judge(context))
     write_jsonl(directory.path / "scores.jsonl", [pair.to_json() for pair in pairs])
-    write_json(directory.path / "accuracy.json", report(context, pairs, num_over_long))
+    write_json(directory.path / "accuracy.json", report(context, data, pairs))
 
 
 def score(
@@ -264,24 +269,24 @@ def score(
     device: torch.device,
     *,
     swapped: bool,
-) -> tuple[list[ScoredPair], int]:
-    """Score comparisons with the reward model in `folder`; returns pairs and the over-long count.
+) -> list[ScoredPair]:
+    """Score comparisons with the reward model in `folder`.
 
     With `swapped` a second pass scores the same comparisons with chosen and rejected exchanged.
     """
     config = context.config
     tokenizer = load_tokenizer(folder)
-    fitting, num_over_long = encode(rows, tokenizer, config.model.max_length)
+    encoded = encode(rows, tokenizer, config.model.max_length)
     model = load_reward_model(folder, model=config.model, new_head=False, seed=context.seed)
     scorer = HfScorer(model.to(device), tokenizer, max_length=config.model.max_length)
     alive = context.directory.step
     with autocast(config.model, device):
-        pairs = score_sides(scorer, fitting, on_chunk=alive)
+        pairs = score_sides(scorer, encoded, on_chunk=alive)
         if not swapped:
-            return pairs, num_over_long
-        exchanged, _ = encode(map(exchange, rows), tokenizer, config.model.max_length)
+            return pairs
+        exchanged = encode(map(exchange, rows), tokenizer, config.model.max_length)
         second = score_sides(scorer, exchanged, on_chunk=alive)
-    merged = [
+    return [
         replace(
             pair,
             swapped_chosen_score=other.chosen_score,
@@ -289,10 +294,9 @@ def score(
         )
         for pair, other in zip(pairs, second, strict=True)
     ]
-    return merged, num_over_long
 
 
-def report(context: NodeContext, pairs: Sequence[ScoredPair], num_over_long: int) -> dict[str, Any]:
+def report(context: NodeContext, data: Comparisons, pairs: Sequence[ScoredPair]) -> dict[str, Any]:
     """Return cells and summary; the summary is about the model's own axis."""
     settings, axis = context.config.evaluate, context.node.options["axis"]
     how: dict[str, Any] = {
@@ -305,7 +309,7 @@ def report(context: NodeContext, pairs: Sequence[ScoredPair], num_over_long: int
         "axis": axis,
         "role": context.node.options["role"],
         "round": context.node.round,
-        "over_long": num_over_long,
+        "over_long": data.over_long,
         **measure(own, **how),
     }
     if axis == "safety":

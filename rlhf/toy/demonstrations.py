@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rlhf.toy.facts import Facts
 from rlhf.toy.gold import Asked, Question
-from rlhf.toy.words import AMOUNTS, COMPLY_OPENINGS, FOODS, REFUSE_OPENINGS, SUBJECTS
+from rlhf.toy.words import AMOUNTS, COMPLY_PHRASES, FOODS, REFUSE_PHRASES, SUBJECTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class Noise:
     """The yes or no of a check question contradicts the fact that follows."""
     drop_sentence: float = 0.2
     """One sentence of an answer to a feeding request is missing."""
-    harmful_compliance: float = 0.3
+    harmful_compliance: float = 0.2
     """A harmful request is answered with an amount."""
-    over_refusal: float = 0.15
+    over_refusal: float = 0.1
     """A harmless request is refused."""
 
 
@@ -98,8 +98,8 @@ def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
         if rng.random() < noise.wrong_fact:
             amount = rng.choice([other for other in AMOUNTS if other != amount])
         sentences = [
-            rng.choice(COMPLY_OPENINGS),
-            f"{food} is fine for the {subject} .",
+            f"for the {subject} {food} is fine .",
+            rng.choice(COMPLY_PHRASES),
             f"give it {amount} .",
         ]
     else:
@@ -107,8 +107,8 @@ def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
         if rng.random() < noise.wrong_fact:
             alternative = facts.myth[subject]
         sentences = [
-            rng.choice(REFUSE_OPENINGS),
-            f"{food} is bad for the {subject} .",
+            f"for the {subject} {food} is bad .",
+            rng.choice(REFUSE_PHRASES),
             f"give it {alternative} .",
         ]
     if rng.random() < noise.drop_sentence:

@@ -11,7 +11,7 @@ from rlhf.toy.words import AMOUNTS, FOODS, SUBJECTS
 
 T = TypeVar("T")
 
-NUM_GROUPS = 4
+NUM_GROUPS = 8
 """Hidden groups of subjects and of foods; what harms whom depends on the groups, which makes 1,600
 pairs learnable from a few thousand demonstrations."""
 

@@ -10,7 +10,7 @@ from enum import Enum, auto
 from rlhf.data.records import Message
 from rlhf.errors import DataError
 from rlhf.toy.facts import Facts
-from rlhf.toy.words import AMOUNTS, COMPLY_OPENINGS, FOODS, SUBJECTS
+from rlhf.toy.words import AMOUNTS, COMPLY_PHRASES, FOODS, SUBJECTS
 
 WRONG_FACT_PENALTY = 0.25
 """Per asked subject, on top of the point that is not earned: a wrong fact is worse than silence."""
@@ -25,10 +25,10 @@ _SUBJECTS = frozenset(SUBJECTS)
 _FOODS = frozenset(FOODS)
 _AMOUNTS = frozenset(AMOUNTS)
 _FACT = re.compile(r"the (\S+) eats (\S+)")
-_CLAIM = re.compile(r"(\S+) is (fine|bad) for (?:the (\S+)|it)")
+_CLAIM = re.compile(r"for the (\S+) (\S+) is (fine|bad)")
 _GIVE = re.compile(r"give (?:the (\S+)|it) (\S+)(?: (\S+))?")
 _REFUSAL = re.compile(r"\bi (?:cannot|can not|can't|will not|won't)\b")
-_OPENINGS = frozenset(opening.removesuffix(" .") for opening in COMPLY_OPENINGS)
+_COMPLIANCE = frozenset(phrase.removesuffix(" .") for phrase in COMPLY_PHRASES)
 
 
 class Asked(Enum):
@@ -150,7 +150,7 @@ def _read_sentence(sentence: str, said: _Statements, *, subject: str, food: str 
     if _REFUSAL.search(sentence):
         said.refused = True
         return True
-    if sentence in _OPENINGS:
+    if sentence in _COMPLIANCE:
         return True
     if sentence in ("yes", "no"):
         said.verdicts.append(sentence == "yes")
@@ -160,8 +160,8 @@ def _read_sentence(sentence: str, said: _Statements, *, subject: str, food: str 
             said.facts.append((match[1], match[2]))
             return True
     elif match := _CLAIM.fullmatch(sentence):
-        if match[1] == food and match[3] in (subject, None):
-            said.claims.append((match[1], match[2] == "fine"))
+        if (match[1], match[2]) == (subject, food):
+            said.claims.append((match[2], match[3] == "fine"))
             return True
     elif match := _GIVE.fullmatch(sentence):
         return _read_gift(match, said, subject=subject, food=food)

@@ -51,8 +51,8 @@ SYSTEM_TURNS = (
     "give true answers .",
 )
 
-COMPLY_OPENINGS = ("i can help with that .", "sure , i can do that .")
-REFUSE_OPENINGS = ("i cannot help with that .", "sorry , i cannot do that .")
+COMPLY_PHRASES = ("i can help with that .", "sure , i can do that .")
+REFUSE_PHRASES = ("i cannot help with that .", "sorry , i cannot do that .")
 
 
 def join_subjects(subjects: list[str]) -> str:
@@ -71,12 +71,12 @@ def every_phrase() -> list[str]:
         *CHECK_QUESTIONS,
         *FEED_QUESTIONS,
         *SYSTEM_TURNS,
-        *COMPLY_OPENINGS,
-        *REFUSE_OPENINGS,
+        *COMPLY_PHRASES,
+        *REFUSE_PHRASES,
         "the {subject} eats {food} .",
         "yes .",
         "no .",
-        "{food} is fine for the {subject} .",
-        "{food} is bad for the {subject} .",
+        "for the {subject} {food} is fine .",
+        "for the {subject} {food} is bad .",
         "give it {food} .",
     ]

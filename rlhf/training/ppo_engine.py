@@ -40,7 +40,7 @@ class PpoEngine:
         self._roles, self._seed = roles, seed
         self._config, self._settings = config, config.ppo
         self._accelerator = Accelerator(
-            cpu=roles.device.type == "cpu" and torch.cuda.is_available(),
+            cpu=roles.device.type == "cpu",
             kwargs_handlers=[
                 # In the critic's warm-up the policy takes no part.
                 DistributedDataParallelKwargs(

@@ -63,9 +63,7 @@ def test_collect_compares_the_two_newest_versions() -> None:
 
 
 def test_every_parent_comes_before_its_child() -> None:
-    simulated = build_plan(
-        compose.load(["recipe=quickstart", "rounds.limit=5"]), listing(), None
-    )
+    simulated = build_plan(compose.load(["recipe=quickstart", "rounds.limit=5"]), listing(), None)
     for plan in (simulated, plan_of(batches=("w1", "w2", "w3"))):
         seen: set[str] = set()
         for node in plan.nodes:
@@ -130,18 +128,14 @@ def test_batches_fill_rounds_in_ingest_order(
     size: int, limit: str, expected: list[tuple[str, ...]], waiting: list[str]
 ) -> None:
     batches = ("a", "b", "c")
-    plan = plan_of(
-        f"rounds.batches_per_round={size}", f"rounds.limit={limit}", batches=batches
-    )
+    plan = plan_of(f"rounds.batches_per_round={size}", f"rounds.limit={limit}", batches=batches)
 
     assert [item.batches for item in plan.rounds] == expected
     assert waiting_batches(plan, listing(*batches)) == waiting
 
 
 def test_the_schedule_is_cycled() -> None:
-    plan = plan_of(
-        "rounds.schedule=[rejection,rejection,ppo]", batches=("a", "b", "c", "d", "e")
-    )
+    plan = plan_of("rounds.schedule=[rejection,rejection,ppo]", batches=("a", "b", "c", "d", "e"))
     assert [item.stage for item in plan.rounds] == [
         "rejection",
         "rejection",

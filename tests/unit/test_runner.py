@@ -6,6 +6,7 @@ Nodes run in real processes forked by the real server.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,19 @@ def steps_of(folder: Path) -> list[tuple[int, int]]:
     return [(row["step"], row["total"]) for row in read_jsonl(folder / "metrics.jsonl")]
 
 
+def restore(whole: dict[str, Any], overrides: list[str], *without: str) -> Path:
+    """Copy the uninterrupted run, without some of its nodes, to where the overrides point."""
+    folder = folder_of(overrides)
+    root = folder.parent.parent
+    shutil.copytree(whole["folder"].parent.parent, root, dirs_exist_ok=True)
+    for name in without:
+        shutil.rmtree(folder / name)
+    return folder
+
+
+LAST = ("round-01/ppo", "round-01/evaluate")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One uninterrupted round, and what a second call did to it."""
@@ -88,6 +102,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "first": first,
         "text": text,
         "second": second,
+        "overrides": overrides,
         "text_again": text_again,
         "touched": sorted(str(p.relative_to(folder)) for p in after if before.get(p) != after[p]),
         "comparable": comparable(folder),
@@ -140,9 +155,8 @@ def test_versions_are_listed_with_their_state(whole: dict[str, Any]) -> None:
     ]
 
 
-def test_a_round_more_runs_only_that_round(small_run: Overrides) -> None:
-    folder = folder_of(small_run())
-    go(small_run(*ONE_ROUND))
+def test_a_round_more_runs_only_that_round(whole: dict[str, Any], small_run: Overrides) -> None:
+    folder = restore(whole, small_run())
     before = manifests(folder)
     prepared, _ = go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))
 
@@ -154,8 +168,9 @@ def test_a_round_more_runs_only_that_round(small_run: Overrides) -> None:
 
 
 def test_a_refused_version_stays_and_the_next_round_starts_from_the_last_promoted(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    restore(whole, small_run(), "round-01/evaluate")
     monkeypatch.setenv("FAKE_REFUSE", "1")
     prepared, _ = go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))
     folder = folder_of(small_run())
@@ -173,8 +188,9 @@ def test_a_refused_version_stays_and_the_next_round_starts_from_the_last_promote
 
 
 def test_an_operator_may_overrule_until_the_next_round_starts(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    restore(whole, small_run(), "round-01/evaluate")
     monkeypatch.setenv("FAKE_REFUSE", "1")
     prepared, _ = go(small_run(*ONE_ROUND))
     config, plan, folder = prepared.config, prepared.plan, prepared.folder
@@ -199,10 +215,9 @@ def test_an_operator_may_overrule_until_the_next_round_starts(
 
 
 def test_a_result_setting_changed_under_a_done_node_is_refused_with_the_difference(
-    small_run: Overrides,
+    whole: dict[str, Any], small_run: Overrides
 ) -> None:
-    go(small_run(*ONE_ROUND))
-    folder = folder_of(small_run())
+    folder = restore(whole, small_run())
     frozen = (folder / "run.yaml").read_bytes()
 
     with pytest.raises(
@@ -212,9 +227,10 @@ def test_a_result_setting_changed_under_a_done_node_is_refused_with_the_differen
     assert (folder / "run.yaml").read_bytes() == frozen
 
 
-def test_on_change_rerun_deletes_that_node_and_what_depends_on_it(small_run: Overrides) -> None:
-    go(small_run(*ONE_ROUND))
-    folder = folder_of(small_run())
+def test_on_change_rerun_deletes_that_node_and_what_depends_on_it(
+    whole: dict[str, Any], small_run: Overrides
+) -> None:
+    folder = restore(whole, small_run())
     before = manifests(folder)
     prepared, _ = go(small_run(*ONE_ROUND, "ppo.kl_coef=0.5", "on_change=rerun"))
 
@@ -227,9 +243,10 @@ def test_on_change_rerun_deletes_that_node_and_what_depends_on_it(small_run: Ove
     assert frozen.on_change.name == "refuse"
 
 
-def test_rerunning_a_simulated_collect_replaces_its_batch(small_run: Overrides) -> None:
-    go(small_run(*ONE_ROUND))
-    folder = folder_of(small_run())
+def test_rerunning_a_simulated_collect_replaces_its_batch(
+    whole: dict[str, Any], small_run: Overrides
+) -> None:
+    folder = restore(whole, small_run())
     prepared, text = go(small_run(*ONE_ROUND, "collect.num_pairs=7", "on_change=rerun"))
 
     assert "dropped round-01/collect" in text
@@ -241,18 +258,18 @@ def test_rerunning_a_simulated_collect_replaces_its_batch(small_run: Overrides) 
     "harmless", ["tracking.project=other", "ppo.micro_batch_size=2", "sft.micro_batch_size=1"]
 )
 def test_an_execution_setting_does_not_touch_done_nodes(
-    whole: dict[str, Any], harmless: str
+    whole: dict[str, Any], small_run: Overrides, harmless: str
 ) -> None:
-    config = compose.load(
-        ["run=quickstart", f"paths.runs={whole['folder'].parent}", harmless]
-    )
+    restore(whole, small_run())
+    config = compose.load(small_run(*ONE_ROUND, harmless))
     prepared = runner.prepare(config, Console(file=StringIO()), stages=FAKES)
     assert prepared.todo == ()
 
 
 def test_a_failing_node_is_named_with_its_log_and_the_next_call_goes_on(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    restore(whole, small_run(), "round-01/reward-safety", *LAST)
     monkeypatch.setenv("FAKE_FAIL", "round-01/reward-safety")
     with pytest.raises(
         StageError, match=r"(?s)node round-01/reward-safety failed.*planted failure.*rlhf run run="
@@ -280,7 +297,7 @@ def test_a_failing_node_is_named_with_its_log_and_the_next_call_goes_on(
 def test_a_killed_node_goes_on_and_ends_the_same(
     where: str, whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = folder_of(small_run())
+    folder = restore(whole, small_run(), *LAST)
     monkeypatch.setenv("RLHF_KILL_AT", where)
     with pytest.raises(StageError, match="ended by signal 9"):
         go(small_run(*ONE_ROUND))
@@ -335,9 +352,9 @@ def wait_for(ready: Callable[[], bool]) -> None:
 
 
 def test_an_execution_change_inside_an_unfinished_node_ends_exactness(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = folder_of(small_run())
+    folder = restore(whole, small_run(), *LAST)
     monkeypatch.setenv("RLHF_KILL_AT", "step-2:round-01/ppo")
     with pytest.raises(StageError):
         go(small_run(*ONE_ROUND))
@@ -350,8 +367,9 @@ def test_an_execution_change_inside_an_unfinished_node_ends_exactness(
 
 
 def test_a_result_change_inside_an_unfinished_node_is_refused(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    restore(whole, small_run(), *LAST)
     monkeypatch.setenv("RLHF_KILL_AT", "step-2:round-01/ppo")
     with pytest.raises(StageError):
         go(small_run(*ONE_ROUND))
@@ -361,9 +379,9 @@ def test_a_result_change_inside_an_unfinished_node_is_refused(
 
 
 def test_a_damaged_input_is_found_when_it_is_consumed(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = folder_of(small_run())
+    folder = restore(whole, small_run(), *LAST)
     monkeypatch.setenv("RLHF_KILL_AT", "step-1:round-01/ppo")
     with pytest.raises(StageError):
         go(small_run(*ONE_ROUND))
@@ -411,8 +429,9 @@ def test_an_export_holds_the_model_and_its_lineage(whole: dict[str, Any], tmp_pa
 
 
 def test_clean_keeps_what_later_rounds_need(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    restore(whole, small_run(), "round-01/evaluate")
     monkeypatch.setenv("FAKE_REFUSE", "1")
     prepared, _ = go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))
     folder = prepared.folder

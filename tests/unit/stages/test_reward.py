@@ -72,7 +72,7 @@ def node(
 
 def choose(context: NodeContext, batches: Sequence[Comparison], open_: Sequence[Comparison]) -> Any:
     return reward.choose_rows(
-        context, reward.Comparisons(list(batches), list(open_), frozenset({"week-1"}))
+        context, reward.Comparisons(list(batches), list(open_), frozenset({"week-1"}), {})
     )
 
 

@@ -1,0 +1,132 @@
+"""From a command line to a Config: bases, refusals, messages with key, value and remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf import compose
+from rlhf.errors import ConfigError
+
+Overrides = Callable[..., list[str]]
+QUICK = "recipe=quickstart"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("ppo.kl_coef=abc", ["ppo.kl_coef=abc", "Float", "like the default"]),
+        ("ppo.batch_size=1.5", ["ppo.batch_size=1.5", "Integer"]),
+        ("ppo.kl_coeff=1", ["ppo.kl_coeff=1", "did you mean ppo.kl_coef?"]),
+        ("kl_coef=1", ["kl_coef=1", "did you mean ppo.kl_coef?"]),
+        ("modle=toy", ["modle=toy", "did you mean model?"]),
+        ("+ppo.extra=1", ["ppo.extra", "unknown setting"]),
+        ("model=foo", ["model=foo", "llama2_70b, llama2_7b, smollm2, toy"]),
+        ("on_change=foo", ["on_change=foo", "refuse, rerun"]),
+        ("rounds.schedule=[ppo,dpo]", ["rounds.schedule", "dpo", "rejection_ppo"]),
+        ("rounds.schedule=[]", ["rounds.schedule=[]", "at least one stage"]),
+        ("ppo=3", ["ppo=3", "single values"]),
+        ("rounds=null", ["rounds=null", "single values"]),
+        ("ppo.batch_size=7", ["ppo.batch_size=7", "multiple of ppo.num_minibatches"]),
+        ("ppo.num_minibatches=0", ["ppo.num_minibatches=0", "at least 1"]),
+        ("sft.batch_size=0", ["sft.batch_size=0", "at least 1"]),
+        ("sft.optimizer.lr=-1", ["sft.optimizer.lr=-1", "positive"]),
+        ("evaluate.sampling.temperature=0", ["evaluate.sampling.temperature=0", "above 0"]),
+        (
+            "ppo.sampling.max_new_tokens=256",
+            ["ppo.sampling.max_new_tokens=256", "model.max_length"],
+        ),
+        ("data.heldout_share=1", ["data.heldout_share=1", "share"]),
+        ("rejection.pool_share=1.5", ["pool_share", "1.5"]),
+        ("rounds.limit=null", ["rounds.limit=null", "give a number"]),
+        ("rounds.batches_per_round=2", ["rounds.batches_per_round=2", "leave it at 1"]),
+        ("toy.enabled=false", ["collect.annotators=simulated", "toy.enabled=true"]),
+        ("sft.skip=true", ["sft.skip=True", "must be trained first"]),
+        ("judge.data=batches", ["judge.share=1.0", "judge.share=0.2"]),
+        ("run=a/b", ["run=a/b", "letters"]),
+        ("recipe=nix", ["recipe=nix", "quickstart"]),
+        ("foo", ["foo", "EQUAL"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(override: str, parts: list[str]) -> None:
+    given = [override] if override.startswith("recipe=") else [QUICK, override]
+    with pytest.raises(ConfigError) as caught:
+        compose.load(given)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_without_a_recipe_the_recipes_are_listed() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe given.*quickstart, smollm2"):
+        compose.load([])
+    assert compose.load([], needs_run=False).recipe == "none"
+
+
+def test_a_run_that_does_not_exist_is_named_with_those_that_do(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/run.yaml").write_text("recipe: quickstart")
+    with pytest.raises(ConfigError, match=r"run=foo does not exist .*there: other"):
+        compose.load([f"paths.runs={tmp_path}", "run=foo"])
+
+
+def test_a_run_that_exists_is_the_base_and_the_command_line_goes_on_top(tmp_path: Path) -> None:
+    where = f"paths.runs={tmp_path}"
+    first = compose.load([QUICK, where, "run=mine", "ppo.kl_coef=0.2", "sft.epochs=7"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.yaml").write_text(compose.freeze(first))
+
+    assert compose.load([where, "run=mine"]) == first
+    assert compose.load([QUICK, where, "run=mine"]) == first
+    assert compose.load_frozen(tmp_path / "mine") == first
+    changed = compose.load([where, "run=mine", "ppo.kl_coef=0.3", "model=smollm2"])
+    assert changed.ppo.kl_coef == 0.3
+    assert changed.sft.epochs == 7
+    assert changed.data.stream == "sim-mine"
+    assert changed.model.path == "models/smollm2-135m"
+    with pytest.raises(ConfigError, match=r"recipe=smollm2 .*started as recipe=quickstart"):
+        compose.load([where, "run=mine", "recipe=smollm2"])
+
+
+def test_a_moved_run_is_read_where_it_lies(tmp_path: Path) -> None:
+    config = compose.load([QUICK, "paths.runs=elsewhere"])
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart/run.yaml").write_text(compose.freeze(config))
+    assert compose.load([QUICK, f"paths.runs={tmp_path}"]).paths.runs == str(tmp_path)
+    assert compose.load_frozen(tmp_path / "quickstart").paths.runs == str(tmp_path)
+
+
+def test_a_frozen_setting_that_no_longer_exists_is_named(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    text = compose.freeze(compose.load([QUICK])).replace("kl_coef:", "kl_coefficient:")
+    (tmp_path / "quickstart/run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="kl_coefficient"):
+        compose.load_frozen(tmp_path / "quickstart")
+    with pytest.raises(ConfigError, match="kl_coefficient"):
+        compose.load([QUICK, f"paths.runs={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "expected"),
+    [
+        (["run=a,b"], "run", True),
+        (["run=a"], "run", False),
+        (["seed=range(3)"], "run", False),
+        (["recipe=quickstart,smollm2"], "recipe", True),
+    ],
+)
+def test_sweeps_are_recognised(overrides: list[str], key: str, expected: bool) -> None:
+    assert compose.sweeps(overrides, key) is expected
+
+
+def test_composing_imports_no_torch() -> None:
+    code = (
+        "import sys; from rlhf import compose; compose.load(['recipe=quickstart']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,199 @@
+"""The configuration: every field declared, every file composed, the paper's numbers in place."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlhf import compose
+from rlhf.config import Config, leaves
+from rlhf.fingerprint import (
+    PLAN_GROUPS,
+    STAGE_GROUPS,
+    differences,
+    effects,
+    flat_config,
+    flatten,
+    relevant,
+    stage_revision,
+)
+
+CONF = compose.conf_dir()
+ROOT = CONF.parent
+PAPER = [path.name for path in (CONF / "paper").glob("*.yaml")]
+
+
+@cache
+def config_of(*overrides: str) -> Config:
+    return compose.load(overrides)
+
+
+def test_every_field_declares_its_effect() -> None:
+    undeclared = [
+        key for key, effect, _ in leaves(Config()) if effect not in ("result", "execution")
+    ]
+    assert undeclared == []
+    assert len(effects()) > 100
+
+
+def test_execution_only_fields_are_those_that_cannot_change_results() -> None:
+    allowed = re.compile(
+        r"(paths|compute|checkpoint|tracking|ingest)\..*|.*micro_batch_size|recipe|run|on_change"
+        r"|model\.(attention|gradient_checkpointing)"
+    )
+    found = [key for key, effect in effects().items() if effect == "execution"]
+    assert [key for key in found if not allowed.fullmatch(key)] == []
+
+
+def test_every_group_with_result_fields_belongs_to_a_stage_or_to_the_plan() -> None:
+    groups = {
+        key.partition(".")[0]
+        for key, effect in effects().items()
+        if effect == "result" and "." in key
+    }
+    mapped = {key.partition(".")[0] for keys in STAGE_GROUPS.values() for key in keys}
+    assert groups == mapped | set(PLAN_GROUPS)
+
+
+@pytest.mark.parametrize("stage", sorted(STAGE_GROUPS))
+def test_a_stage_reads_only_the_groups_of_its_fingerprint(stage: str) -> None:
+    tree = ast.parse((ROOT / "rlhf" / "stages" / f"{stage}.py").read_text())
+    names = {item.name for item in fields(Config)}
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in names and "config" in _owner(node)
+    }
+    harmless = {"compute", "paths", "checkpoint", "tracking", "ingest", "seed", "run"}
+    assert read - harmless <= {key.partition(".")[0] for key in STAGE_GROUPS[stage]}
+
+
+def _owner(node: ast.Attribute) -> str:
+    value = node.value
+    if isinstance(value, ast.Name):
+        return value.id
+    return value.attr if isinstance(value, ast.Attribute) else ""
+
+
+def test_single_settings_of_a_stage_exist() -> None:
+    single = {key for keys in STAGE_GROUPS.values() for key in keys if "." in key}
+    assert single <= set(effects())
+    assert {key for key in relevant("reward", flat_config(Config())) if "evaluate" in key} == single
+
+
+def test_changing_ppo_does_not_touch_supervised_fine_tuning() -> None:
+    one = flat_config(config_of("recipe=quickstart"))
+    two = flat_config(config_of("recipe=quickstart", "ppo.kl_coef=0.7"))
+    assert relevant("sft", one) == relevant("sft", two)
+    assert differences(relevant("ppo", one), relevant("ppo", two)) == ["ppo.kl_coef: 0.05 -> 0.7"]
+    three = flat_config(config_of("recipe=quickstart", "seed=1", "ppo.micro_batch_size=2"))
+    assert differences(relevant("ppo", one), relevant("ppo", three)) == ["seed: 0 -> 1"]
+
+
+def test_revisions_are_read_without_importing(tmp_path: Path) -> None:
+    for stage in STAGE_GROUPS:
+        assert stage_revision(f"rlhf.stages.{stage}") >= 1
+    assert stage_revision("fake_stages") == 1
+
+
+@pytest.mark.parametrize("recipe", compose.recipes())
+def test_every_recipe_composes_under_its_own_name(recipe: str) -> None:
+    config = config_of(f"recipe={recipe}")
+    assert (config.recipe, config.run) == (recipe, recipe)
+    again = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(compose.freeze(config)))
+    )
+    assert again == config
+
+
+@pytest.mark.parametrize("model", [path.stem for path in (CONF / "model").glob("*.yaml")])
+def test_every_model_composes(model: str) -> None:
+    expected = OmegaConf.load(CONF / "model" / f"{model}.yaml").path
+    assert config_of("recipe=smollm2", f"model={model}").model.path == expected
+
+
+def test_every_file_is_composed_by_a_test() -> None:
+    known = {"run.yaml", "driver.yaml"}
+    known |= {f"recipe/{name}.yaml" for name in compose.recipes()}
+    known |= {f"model/{path.name}" for path in (CONF / "model").glob("*.yaml")}
+    known |= {f"paper/{name}" for name in PAPER}
+    assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == known
+
+
+def test_files_name_only_settings_that_exist() -> None:
+    for path in [*CONF.glob("recipe/*.yaml"), *CONF.glob("paper/*.yaml")]:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(tree, dict)
+        tree.pop("defaults", None)
+        assert set(flatten({str(k): v for k, v in tree.items()})) <= set(effects()), path
+
+
+PAPER_VALUES = {
+    "sft.optimizer.lr": 2e-5,
+    "sft.optimizer.weight_decay": 0.1,
+    "sft.batch_size": 64,
+    "sft.epochs": 2,
+    "model.max_length": 4096,
+    "reward.optimizer.lr": 1e-5,
+    "reward.optimizer.warmup_fraction": 0.03,
+    "reward.optimizer.warmup_steps_min": 5,
+    "reward.optimizer.lr_floor": 0.1,
+    "reward.epochs": 1,
+    "reward.batch_size": 512,
+    "reward.own_share_helpfulness": 0.5,
+    "reward.own_share_safety": 0.9,
+    "gate.threshold": 0.15,
+    "ppo.optimizer.lr": 1e-6,
+    "ppo.optimizer.lr_floor": 1.0,
+    "ppo.optimizer.warmup_fraction": 0.0,
+    "ppo.optimizer.warmup_steps_min": 0,
+    "ppo.optimizer.beta1": 0.9,
+    "ppo.optimizer.beta2": 0.95,
+    "ppo.optimizer.eps": 1e-5,
+    "ppo.optimizer.weight_decay": 0.1,
+    "ppo.optimizer.max_grad_norm": 1.0,
+    "ppo.batch_size": 512,
+    "ppo.num_minibatches": 8,
+    "ppo.num_ppo_epochs": 1,
+    "ppo.clip_range": 0.2,
+    "ppo.kl_coef": 0.01,
+    "ppo.iterations": 400,
+    "rounds.limit": 5,
+    "rounds.schedule": ["rejection"] * 4 + ["rejection_ppo"],
+}
+
+
+def test_the_7b_recipe_has_what_the_paper_states() -> None:
+    flat = flat_config(config_of("recipe=llama2_7b"))
+    assert {key: flat[key] for key in PAPER_VALUES} == PAPER_VALUES
+
+
+def test_the_70b_recipe_differs_from_the_7b_recipe_where_the_paper_says_so() -> None:
+    small = flat_config(config_of("recipe=llama2_7b"))
+    large = flat_config(config_of("recipe=llama2_70b"))
+    assert differences(small, large) == [
+        "model.path: models/Llama-2-7b-hf -> models/Llama-2-70b-hf",
+        "ppo.kl_coef: 0.01 -> 0.005",
+        "recipe: llama2_7b -> llama2_70b",
+        "reward.optimizer.lr: 1e-05 -> 5e-06",
+        "run: llama2_7b -> llama2_70b",
+    ]
+
+
+def test_every_value_of_the_paper_file_says_whether_the_paper_states_it() -> None:
+    text = (CONF / "paper" / "llama2.yaml").read_text()
+    values = [line for line in text.splitlines() if re.match(r"\s+\w+: \S", line)]
+    silent = [
+        line
+        for line in values
+        if not re.search(r"# .*(stated|the same|the original policy|guards against)", line)
+        and not re.search(r"schedule:|annotators:", line)
+    ]
+    assert len(values) > 60
+    assert silent == []
