@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def help_text() -> str:
     """Return the text of `rlhf --help`."""
     rows = [(f"{name} {_usage(command)}".strip(), command) for name, command in COMMANDS.items()]
-    lines = (f"  {left:22}{command.summary}" for left, command in rows)
+    lines = (f"  {left:28}{command.summary}" for left, command in rows)
     return HELP.format(commands="\n".join(lines))
 
 

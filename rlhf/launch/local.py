@@ -32,11 +32,12 @@ log = logging.getLogger(__name__)
 SERVER_LOG = "server.log"
 PLAN = "plan.json"
 POLL_SECONDS = 0.3
+REAP_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
 
 
 class NodeServer:
-    """Starts nodes one after another, each in a process of its own.
+    """Starts nodes, each in a process of its own, and says when one has ended.
 
     Use it from the main thread: the server ends with the thread that started it.
     """
@@ -69,22 +70,26 @@ class NodeServer:
         self._process.communicate()
         self._log.close()
 
-    def run(self, node: str, on_wait: Callable[[], None]) -> int:
-        """Run a node and return its exit code, negative when a signal ended it."""
+    def start(self, node: str) -> None:
+        """Start a node."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         request = {"run_dir": str(self.run_dir), "node": node, "stages": self.stages}
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise self._ended() from error
+
+    def wait(self, on_wait: Callable[[], None]) -> tuple[str, int]:
+        """Return the next node that ends and its exit code, negative when a signal ended it."""
+        assert self._process.stdout is not None
         while not select.select([self._process.stdout], [], [], POLL_SECONDS)[0]:
             on_wait()
         answer = self._process.stdout.readline()
         if not answer:
             raise self._ended()
-        return int(answer)
+        ended = json.loads(answer)
+        return ended["node"], ended["code"]
 
     def _ended(self) -> StageError:
         return StageError(
@@ -102,7 +107,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def serve(parent: int, preload: Sequence[str]) -> None:
-    """Import the stages, then fork one process per line on standard input; answers exit codes."""
+    """Import the stages, then fork one process per line on standard input; answers as they end."""
     die_with_parent(parent)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -113,18 +118,32 @@ def serve(parent: int, preload: Sequence[str]) -> None:
             log.exception("cannot import %s; its nodes will say so again", module)
     for look_up_once in (versions, source_hash, git_commit):
         look_up_once()
+    children: dict[int, str] = {}
+    # Unbuffered, so that no request hides from select in a buffer.
+    requests = os.fdopen(0, "rb", buffering=0)
+    while True:
+        if select.select([requests], [], [], REAP_SECONDS)[0]:
+            line = requests.readline()
+            if not line:
+                return
+            request = json.loads(line)
+            children[_fork(request)] = request["node"]
+        child, status = os.waitpid(-1, os.WNOHANG) if children else (0, 0)
+        if child:
+            ended = {"node": children.pop(child), "code": os.waitstatus_to_exitcode(status)}
+            answers.write(json.dumps(ended) + "\n")
+
+
+def _fork(request: Mapping[str, object]) -> int:
     server = os.getpid()
-    for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                code = _run_child(server, request)
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = _run_child(server, request)
+        finally:
+            os._exit(code)
+    return child
 
 
 def _run_child(server: int, request: Mapping[str, object]) -> int:

@@ -250,12 +250,15 @@ def measure_before(context: NodeContext, data: Comparisons, device: torch.device
 
 
 def measure_after(context: NodeContext, data: Comparisons, device: torch.device) -> None:
-    """Score all held-out comparisons of the batches, both axes; a reward model's twice.
+    """Score the held-out comparisons of the batches: both axes, twice; a judge's axis once.
 
     The second pass exchanges the answers: a measurement that cannot fall shows there.
     """
     directory = context.directory
-    heldout = [row for row in data.batches if row.heldout]
+    axis = context.node.options["axis"]
+    heldout = [
+        row for row in data.batches if row.heldout and (row.axis == axis or not is_judge(context))
+    ]
     kept = cap_by_prompt(heldout, context.config.reward.max_heldout)
     pairs = score(context, str(directory.model), kept, device, swapped=not is_judge(context))
     write_jsonl(directory.path / "scores.jsonl", [pair.to_json() for pair in pairs])

@@ -38,7 +38,7 @@ class Noise:
     """A harmless request is refused."""
 
 
-FLAWLESS = Noise(**{name: 0.0 for name in Noise.__dataclass_fields__})
+FLAWLESS = Noise(**dict.fromkeys(Noise.__dataclass_fields__, 0.0))
 
 
 def answer(

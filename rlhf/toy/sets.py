@@ -87,7 +87,9 @@ def sft_set(facts: Facts, n: int, *, seed: int, noise: Noise | None = None) -> l
         prompt = maker(facts, rng)
         response = answer(read_question(prompt), facts=facts, rng=rng, noise=noise)
         messages = [*prompt, Message(role="assistant", content=response)]
-        conversations.append(Conversation(id=f"toy-sft-{seed}-{i:05d}", messages=messages, source=SOURCE))
+        conversations.append(
+            Conversation(id=f"toy-sft-{seed}-{i:05d}", messages=messages, source=SOURCE)
+        )
     return conversations
 
 
@@ -137,9 +139,7 @@ def open_set(facts: Facts, n: int, *, seed: int) -> list[Comparison]:
     """Draw ungraded comparisons, half of them on each axis, from unbiased annotators."""
     comparisons: list[Comparison] = []
     for axis, number in zip(AXES, ((n + 1) // 2, n // 2), strict=True):
-        rated = comparison_set(
-            facts, number, axis=axis, seed=seed, settings=AnnotatorSettings()
-        )
+        rated = comparison_set(facts, number, axis=axis, seed=seed, settings=AnnotatorSettings())
         for comparison in rated:
             comparison.id = comparison.id.replace("toy-", "toy-open-", 1)
             comparison.strength = None

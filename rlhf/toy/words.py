@@ -8,13 +8,77 @@ that neither can be told from its length.
 from __future__ import annotations
 
 SUBJECTS = tuple(
-    "ant bat bear bee boy bull cat cow crab crow deer dog duck fox frog girl "
-    "goat hen horse king lion mole mouse owl ox pig queen rat seal sheep swan wolf".split()
+    [
+        "ant",
+        "bat",
+        "bear",
+        "bee",
+        "boy",
+        "bull",
+        "cat",
+        "cow",
+        "crab",
+        "crow",
+        "deer",
+        "dog",
+        "duck",
+        "fox",
+        "frog",
+        "girl",
+        "goat",
+        "hen",
+        "horse",
+        "king",
+        "lion",
+        "mole",
+        "mouse",
+        "owl",
+        "ox",
+        "pig",
+        "queen",
+        "rat",
+        "seal",
+        "sheep",
+        "swan",
+        "wolf",
+    ]
 )
 
 FOODS = tuple(
-    "apple bacon bean beef bone bread butter cake candy corn cream date egg fig grape grass "
-    "ham hay honey jam kale leek lemon milk nut oat pear plum rice salt soup tea".split()
+    [
+        "apple",
+        "bacon",
+        "bean",
+        "beef",
+        "bone",
+        "bread",
+        "butter",
+        "cake",
+        "candy",
+        "corn",
+        "cream",
+        "date",
+        "egg",
+        "fig",
+        "grape",
+        "grass",
+        "ham",
+        "hay",
+        "honey",
+        "jam",
+        "kale",
+        "leek",
+        "lemon",
+        "milk",
+        "nut",
+        "oat",
+        "pear",
+        "plum",
+        "rice",
+        "salt",
+        "soup",
+        "tea",
+    ]
 )
 
 AMOUNTS = ("one", "two", "three", "four")

@@ -1,6 +1,7 @@
 """The PPO loop: its steps, stop rules, warm-up, resume, and that it learns."""
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def test_policy_and_critic_have_their_own_learning_rates(tmp_path: Path) -> None
 def test_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> None:
     """Killed after an iteration, between two checkpoints: same weights, optimizer and logs."""
     config = ppo.config(every_steps=1 if step == 1 else 2, critic_warmup_iterations=1, iterations=4)
+    config.ppo.optimizer.lr_floor = 0.1
     straight = ppo.loop(config, tmp_path / "straight")
     straight_state = straight.run()
 
@@ -140,16 +142,44 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> None:
         assert found[0] == found[1] != []
 
 
+def test_the_best_policy_outlives_a_kill(tmp_path: Path) -> None:
+    """Under a constant score the start is the best; it comes from the checkpoint, bit for bit."""
+    config = ppo.config(every_steps=1, patience=9, heldout_every=1)
+    scores = {"helpfulness": lambda _: 1.0, "safety": lambda _: 1.0}
+    before = micro.weights(ppo.roles(config).joint.policy)
+
+    def die(done: int, _total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        ppo.loop(config, tmp_path, given=ppo.roles(config, **scores), on_step=die).run()
+    roles = ppo.roles(config, **scores)
+    state = ppo.loop(config, tmp_path, given=roles).run()
+    assert (state.iteration, state.best_iteration) == (3, 0)
+    assert micro.largest_difference(before, micro.weights(roles.joint.policy)) == 0.0
+
+
 def test_kl_stop_ends_the_run_and_keeps_a_policy_within_the_bound(tmp_path: Path) -> None:
+    """Every measurement scores higher, yet a policy beyond the bound is not the best one."""
     config = ppo.config(lr=3e-2, kl_stop=0.5, iterations=6, heldout_every=1)
     roles = ppo.roles(config)
+    measured = count()
+
+    def score(prompts: Any, responses: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rise = next(measured) if len(prompts) == 4 else 0
+        scores = torch.arange(len(prompts)).float() + rise
+        return scores, scores
+
+    roles.score = score  # type: ignore[method-assign]
     state = ppo.loop(config, tmp_path, given=roles).run()
     assert state.stopped == "kl_stop"
     assert state.iteration < 6
     assert state.kl_to_start > 0.5
     assert metrics.PPO_POLICY_LOSS not in rows_of(tmp_path)[-1]
-    [best] = [row for row in state.heldout if row["iteration"] == state.best_iteration]
-    assert best["kl_to_start"] <= 0.5
+    within = [row["iteration"] for row in state.heldout if row["kl_to_start"] <= 0.5]
+    assert len(within) < len(state.heldout)
+    assert state.best_iteration == within[-1]
 
 
 def test_patience_ends_the_run_with_the_best_policy(tmp_path: Path) -> None:
