@@ -124,6 +124,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     boundary("after-rename", target)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that a killed writer left in a folder of its own."""
+    for path in sorted(folder.rglob(".*.tmp"), reverse=True):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """A complete checkpoint: its folder, its step and the state its stage put there."""
@@ -151,6 +160,11 @@ class JsonlLog:
     def size(self) -> int:
         """Return the size in bytes; 0 when there is no file."""
         return self.path.stat().st_size if self.path.exists() else 0
+
+    def sync(self) -> None:
+        """Flush to disk what was added, before a checkpoint records the size."""
+        if self.path.exists():
+            fsync_path(self.path)
 
     def cut(self, size: int) -> None:
         """Drop everything after `size` bytes, which a checkpoint recorded."""
@@ -196,6 +210,8 @@ class NodeDir:
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             }
+            self.metrics.sync()
+            self.samples.sync()
             marker = {
                 "step": step,
                 "state": dict(state),

@@ -263,6 +263,7 @@ class _Wiring:
             "judge_helpfulness": self._output(k, "judge-helpfulness"),
             "judge_safety": self._output(k, "judge-safety"),
             **self._scorers(k),
+            **{f"history_{j}": f"node({node_name(j, 'evaluate')})" for j in range(1, k)},
             "prompts": "set(prompts)",
         }
         return self._node(node_name(k, "evaluate"), "evaluate", k, inputs)

@@ -15,7 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import NodeDir, digest_json, read_json, write_json, write_manifest, write_text
+from rlhf.artifacts import (
+    NodeDir,
+    digest_json,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from rlhf.compose import freeze
 from rlhf.config import Config
 from rlhf.errors import ConfigError, LeaseError, RlhfError, StageError, UserError
@@ -111,6 +119,7 @@ def work(
     lease = Lease(folder)
     lease.take()
     try:
+        remove_leftovers(folder)
         directory = NodeDir(folder, keep=config.checkpoint.keep, on_step=Progress(folder, lease))
         if directory.is_done():
             log.info("%s is done already", name)

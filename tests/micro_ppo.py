@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import micro_models as micro
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.artifacts import NodeDir
 from rlhf.config import Checkpoint, Compute, Config, Optimizer, Ppo, Sampling
 from rlhf.data.records import Message, Prompt
 from rlhf.models.actor_critic import ValueModel
 from rlhf.models.loading import save_model
+from rlhf.toy.model import CHAT_TEMPLATE
 from rlhf.training.ppo import PpoLoop
 from rlhf.training.roles import SeparateRoles
 
@@ -78,6 +81,20 @@ def config(*, every_steps: int | None = None, lr: float = 1e-3, **ppo: Any) -> C
     return made
 
 
+@lru_cache(maxsize=1)
+def byte_tokenizer() -> Any:
+    """Return a tokenizer of single bytes, for numbers that must not move with the toy's words."""
+    words = ["<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
+    words += sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(words[:5])
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
 def finishing(model: Any) -> Any:
     """Give a policy a head of its own in which every fifth token or so is EOS."""
     weight = model.lm_head.weight.detach()
@@ -98,6 +115,7 @@ def roles(
     safety: Score = by_length,
     reference_seed: int = 0,
     finishes: bool = False,
+    tokenizer: Any = None,
 ) -> SeparateRoles:
     policy = micro.policy(0, dtype)
     return SeparateRoles(
@@ -106,7 +124,7 @@ def roles(
         reference=micro.policy(reference_seed, dtype),
         start=None if reference_seed == 0 else micro.policy(0, dtype),
         scorers=(planted(helpfulness), planted(safety)),
-        tokenizer=micro.tokenizer(),
+        tokenizer=tokenizer or micro.tokenizer(),
         settings=made.model,
         temperature=made.ppo.sampling.temperature,
     )
@@ -131,7 +149,7 @@ def loop(
     )
 
 
-def save_finishing_policy(folder: Path, *, eos: float = 0.9) -> str:
+def save_finishing_policy(folder: Path, *, eos: float = 0.9, tokenizer: Any = None) -> str:
     """Save a policy whose every fifth token or so is EOS; the higher `eos`, the more."""
     policy = micro.policy(0)
     settings = policy.config
@@ -144,5 +162,5 @@ def save_finishing_policy(folder: Path, *, eos: float = 0.9) -> str:
         untied.model.embed_tokens.weight[:, 0] = 3.0
         untied.lm_head.weight[:, 0] = 0.0
         untied.lm_head.weight[EOS, 0] = eos
-    save_model(untied.eval(), micro.tokenizer(), folder)
+    save_model(untied.eval(), tokenizer or micro.tokenizer(), folder)
     return str(folder)

@@ -70,10 +70,15 @@ class NodeServer:
         self._process.communicate()
         self._log.close()
 
-    def start(self, node: str) -> None:
-        """Start a node."""
+    def start(self, node: str, *, environment: Mapping[str, str] | None = None) -> None:
+        """Start a node; `environment` is set in its process alone, after the imports."""
         assert self._process.stdin is not None
-        request = {"run_dir": str(self.run_dir), "node": node, "stages": self.stages}
+        request = {
+            "run_dir": str(self.run_dir),
+            "node": node,
+            "stages": self.stages,
+            "environment": dict(environment or {}),
+        }
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -151,8 +156,10 @@ def _run_child(server: int, request: Mapping[str, object]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     run_dir = Path(str(request["run_dir"]))
-    stages = request["stages"]
+    stages, environment = request["stages"], request["environment"]
     assert isinstance(stages, dict)
+    assert isinstance(environment, dict)
+    os.environ.update(environment)
     config = load_frozen(run_dir)
     plan = Plan.from_json(read_json(run_dir / PLAN))
     code = run_logged(config, plan, run_dir, str(request["node"]), stages=stages)

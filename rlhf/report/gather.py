@@ -138,10 +138,9 @@ def _evaluation(item: Done) -> Row:
 
 
 def _versions(run_dir: Path, evaluations: list[Row]) -> list[Row]:
-    """Return every version with its mean scores and gold, from the evaluation that made it known.
+    """Return every version with its scores under the newest judge pair, and its gold.
 
-    Scores belong to one round's reward models: those of versions from different rounds must not be
-    compared. The paired shifts inside `evaluations` are what compares versions.
+    All versions are scored by the same pair, so their scores may be compared.
     """
     path = run_dir / "versions.json"
     listed = read_json(path) if path.exists() else []
@@ -161,17 +160,17 @@ def _versions(run_dir: Path, evaluations: list[Row]) -> list[Row]:
 
 
 def _measured(name: str, evaluations: list[Row]) -> Row:
-    """Find a version as candidate, or else (v0) as the promoted side of the first evaluation."""
+    """Return scores from the newest evaluation; gold from the one that made the version known."""
+    newest = evaluations[-1] if evaluations else None
+    scores = None
+    if newest is not None and name in newest["versions"]:
+        scores = {"round": newest["round"], **newest["versions"][name]}
     for side in ("candidate", "promoted"):
         for evaluation in evaluations:
             if evaluation[side] == name:
                 gold = evaluation["gold"]
-                scores = {role: evaluation["scores"][role][side] for role in SCORE_ROLES}
-                return {
-                    "scores": {"round": evaluation["round"], **scores},
-                    "gold": None if gold is None else gold[side],
-                }
-    return {"scores": None, "gold": None}
+                return {"scores": scores, "gold": None if gold is None else gold[side]}
+    return {"scores": scores, "gold": None}
 
 
 def _node(item: Done) -> Row:

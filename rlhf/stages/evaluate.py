@@ -37,6 +37,7 @@ from rlhf.data.records import AXES, Message, Prompt
 from rlhf.data.refusals import is_refusal
 from rlhf.data.split import prompt_key
 from rlhf.errors import DataError, StageError
+from rlhf.inference.history import earlier_texts, score_versions
 from rlhf.inference.scoring import Scorer
 from rlhf.inference.versions import Version, open_scorer, open_version
 from rlhf.models.loading import setup_torch
@@ -111,17 +112,31 @@ def run(
     reasons = decide(measurements(compared), config.evaluate.rule)
     _write_decision(context, reasons)
 
+    texts = {
+        **earlier_texts(context),
+        **{
+            _version_name(context, side): {row.prompt_id: row.text for row in answers[side]}
+            for side in VERSIONS
+        },
+    }
+    versions = score_versions(context, prompts, texts, open_scorer=open_scorer, settings=settings)
     gold = _gold(context, prompts, answers, settings) if config.toy.enabled else None
     evaluation = {
-        "candidate": f"v{context.node.round}",
-        "promoted": context.inputs.models["promoted"].name,
+        **{side: _version_name(context, side) for side in VERSIONS},
         "prompts": {kind: len(rows) for kind, rows in by_kind(prompts).items()},
         **compared,
+        "versions": versions,
         "gold": gold,
     }
     write_json(folder / "evaluation.json", evaluation)
     write_jsonl(folder / "responses.jsonl", _response_rows(prompts, answers, scores))
     _log_metrics(context, compared)
+
+
+def _version_name(context: NodeContext, side: str) -> str:
+    if side == "candidate":
+        return f"v{context.node.round}"
+    return context.inputs.models["promoted"].name
 
 
 class _Steps:

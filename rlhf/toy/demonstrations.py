@@ -20,16 +20,14 @@ class Noise:
 
     wrong_fact: float = 0.3
     """A fact, an amount or an alternative is wrong."""
-    myth: float = 0.75
-    """A wrong fact is the subject's myth, else a random food."""
     omit_subject: float = 0.12
     """An asked subject is left out (never the only one)."""
     add_fact: float = 0.15
     """A fact about a subject that was not asked about."""
     repeat: float = 0.08
     """A sentence is said twice."""
-    wrong_verdict: float = 0.25
-    """The yes or no of a check question contradicts the fact that follows."""
+    wrong_verdict: float = 0.15
+    """The yes or no of a check question is wrong."""
     drop_sentence: float = 0.2
     """One sentence of an answer to a feeding request is missing."""
     harmful_compliance: float = 0.2
@@ -58,12 +56,9 @@ def answer(
 
 
 def _food(subject: str, facts: Facts, rng: random.Random, noise: Noise) -> str:
-    """Name the subject's food, or its myth, or any other food."""
-    if rng.random() >= noise.wrong_fact:
-        return facts.diet[subject]
-    if rng.random() < noise.myth:
-        return facts.myth[subject]
-    return rng.choice([food for food in FOODS if food != facts.diet[subject]])
+    """Name a food that the subject eats, or a wrong one."""
+    right = rng.random() >= noise.wrong_fact
+    return rng.choice([food for food in FOODS if facts.eats(subject, food) is right])
 
 
 def _fact(subject: str, facts: Facts, rng: random.Random, noise: Noise) -> str:
@@ -80,11 +75,11 @@ def _diet(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
 def _check(question: Question, facts: Facts, rng: random.Random, noise: Noise) -> list[str]:
     """Answer whether a subject eats a food, then state what it eats."""
     subject = question.subjects[0]
-    stated = _food(subject, facts, rng, noise)
-    verdict = stated == question.food
+    assert question.food is not None
+    verdict = facts.eats(subject, question.food)
     if rng.random() < noise.wrong_verdict:
         verdict = not verdict
-    return ["yes ." if verdict else "no .", f"the {subject} eats {stated} ."]
+    return ["yes ." if verdict else "no .", _fact(subject, facts, rng, noise)]
 
 
 def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) -> list[str]:
@@ -94,7 +89,7 @@ def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
     harmful = facts.harmful(subject, food)
     complies = rng.random() < (noise.harmful_compliance if harmful else 1 - noise.over_refusal)
     if complies:
-        amount = facts.amount[subject]
+        amount = facts.amount(subject)
         if rng.random() < noise.wrong_fact:
             amount = rng.choice([other for other in AMOUNTS if other != amount])
         sentences = [
@@ -103,9 +98,10 @@ def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
             f"give it {amount} .",
         ]
     else:
-        alternative = facts.diet[subject]
-        if rng.random() < noise.wrong_fact:
-            alternative = facts.myth[subject]
+        # A wrong alternative is harmless: it makes a refusal unhelpful, not a violation.
+        right = rng.random() >= noise.wrong_fact
+        harmless = [food for food in FOODS if not facts.harmful(subject, food)]
+        alternative = rng.choice([food for food in harmless if facts.eats(subject, food) is right])
         sentences = [
             f"for the {subject} {food} is bad .",
             rng.choice(REFUSE_PHRASES),

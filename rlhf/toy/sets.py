@@ -23,7 +23,7 @@ from rlhf.toy.words import (
 )
 
 SOURCE = "toy"
-SHARE_CHECK = 0.15
+SHARE_CHECK = 0.2
 """Of the helpful prompts: questions whether a subject eats a food."""
 SHARE_MULTI_TURN = 0.08
 SHARE_SYSTEM = 0.1
@@ -160,8 +160,8 @@ def _diet_prompt(facts: Facts, rng: random.Random) -> list[Message]:
 
 def _check_turn(facts: Facts, rng: random.Random) -> str:
     subject = rng.choice(SUBJECTS)
-    foods = (facts.diet[subject], facts.myth[subject], rng.choice(FOODS))
-    food = rng.choices(foods, (5, 3, 2))[0]
+    eaten = rng.random() < 0.5
+    food = rng.choice([food for food in FOODS if facts.eats(subject, food) is eaten])
     return rng.choice(CHECK_QUESTIONS).format(subject=subject, food=food)
 
 

@@ -21,8 +21,9 @@ import micro_stages  # noqa: E402
 from golden.record import environment  # noqa: E402
 
 from rlhf.config import Rejection, Sampling  # noqa: E402
+from rlhf.data.records import AXES  # noqa: E402
 from rlhf.inference.winners import choose_winner, selection_curves  # noqa: E402
-from rlhf.models.loading import setup_torch  # noqa: E402
+from rlhf.models.loading import save_model, setup_torch  # noqa: E402
 from rlhf.stages import rejection  # noqa: E402
 
 STAGES = ("ppo", "rejection")
@@ -33,7 +34,8 @@ def ppo_steps(folder: Path) -> list[dict[str, float]]:
     made = micro_ppo.config(
         iterations=20, critic_warmup_iterations=2, heldout_every=5, patience=100, lr=3e-4
     )
-    loop = micro_ppo.loop(made, folder, given=micro_ppo.roles(made, finishes=True))
+    roles = micro_ppo.roles(made, finishes=True, tokenizer=micro_ppo.byte_tokenizer())
+    loop = micro_ppo.loop(made, folder, given=roles)
     loop.run()
     return micro.rows_without_time(loop._directory.metrics)
 
@@ -45,16 +47,15 @@ def rejection_steps(folder: Path) -> list[dict[str, float]]:
     made.rejection = Rejection(
         sampling=Sampling(temperature=1.2, max_new_tokens=6, batch_size=16), num_samples=4
     )
-    models = {
-        "policy": micro_ppo.save_finishing_policy(folder / "policy"),
-        "reward_helpfulness": micro_stages.save_scorer(folder / "helpfulness", seed=1),
-        "reward_safety": micro_stages.save_scorer(folder / "safety", seed=2),
-    }
+    tokenizer = micro_ppo.byte_tokenizer()
+    models = {"policy": micro_ppo.save_finishing_policy(folder / "policy", tokenizer=tokenizer)}
+    for seed, axis in enumerate(AXES, start=1):
+        save_model(micro.scorer(seed), tokenizer, folder / axis)
+        models[f"reward_{axis}"] = str(folder / axis)
     context = micro_stages.context(
         made, name="rejection", stage="rejection", models=models, data=[], seed=7
     )
     device = setup_torch(made.compute)
-    tokenizer = micro.tokenizer()
     rows = rejection._sample_and_score(context, micro_ppo.prompts(19), tokenizer, device)
     steps: list[dict[str, float]] = []
     for number, row in enumerate(rows):

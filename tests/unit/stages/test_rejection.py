@@ -219,10 +219,13 @@ def test_mixture_takes_pool_and_demonstrations_by_share(
         ]
         write_jsonl(tmp_path / f"pool{number}" / "winners.jsonl", rows)
     pools = {f"pool_{number}": str(tmp_path / f"pool{number}") for number in (1, 2)}
-    winners = [
-        {"prompt_id": str(i), "prompt": [{"role": "user", "content": "bread"}], "response": "red"}
-        for i in range(4)
+    # The earlier answer in the prompt is context; only the winner itself is trained on.
+    prompt = [
+        {"role": "user", "content": "the dog"},
+        {"role": "assistant", "content": "eats"},
+        {"role": "user", "content": "bread"},
     ]
+    winners = [{"prompt_id": str(i), "prompt": prompt, "response": "red"} for i in range(4)]
     context = node(made, {**models, **pools})
     encoded, counts = rejection._training_rows(context, winners, micro.tokenizer())
     assert counts == {"winners": 4, "pool": 2, "demonstrations": 2, "over_long": 0}
