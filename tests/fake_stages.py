@@ -16,11 +16,13 @@ from rlhf.toy import World
 
 REVISION = 1
 STEPS = 4
+MEET_SECONDS = 30.0
 
 
 def run(context: NodeContext) -> None:
     """Count to STEPS in checkpointed steps; the model is a digest of everything that counts."""
     directory = context.directory
+    _meet(context)
     saved = directory.resume()
     total = saved.state["total"] if saved else 0
     for step in range((saved.step if saved else 0) + 1, STEPS + 1):
@@ -39,6 +41,20 @@ def run(context: NodeContext) -> None:
     else:
         value = digest_json([total, context.inputs.digests()])
         write_json(directory.model / "weights.json", value)
+
+
+def _meet(context: NodeContext) -> None:
+    """Wait until all nodes named in FAKE_MEET run at the same time; fail after MEET_SECONDS."""
+    names = os.environ.get("FAKE_MEET", "").split(",")
+    if context.node.name not in names:
+        return
+    run_folder = context.directory.path.parent.parent
+    (context.directory.path / "arrived").touch()
+    end = time.monotonic() + MEET_SECONDS
+    while not all((run_folder / name / "arrived").exists() for name in names):
+        if time.monotonic() > end:
+            raise RuntimeError(f"{context.node.name} ran without the others of {names}")
+        time.sleep(0.02)
 
 
 def _decide(context: NodeContext) -> None:

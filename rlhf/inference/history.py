@@ -51,22 +51,34 @@ def score_versions(
     Helpfulness is read on prompts that are not tagged is_safety, safety on those that are.
     """
     shared = [p for p in prompts if all(p.id in answered for answered in texts.values())]
-    found: dict[str, dict[str, Any]] = {name: {} for name in texts}
+    clusters = [prompt_key(p.prompt) for p in shared]
+    names = sorted(texts, key=lambda name: (len(name), name))
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
     for role in ROLES:
         path = context.directory.path / "shards" / f"versions-{role}.jsonl"
         if not path.exists():
-            scorer = open_scorer(context, role)
-            messages = [prompt.prompt for prompt in shared]
-            columns = {
-                name: scorer(messages, [answered[p.id] for p in shared]).tolist()
-                for name, answered in texts.items()
-            }
-            rows = zip(*columns.values(), strict=True)
-            write_jsonl(path, [dict(zip(columns, row, strict=True)) for row in rows])
+            rows = _score_each_once(open_scorer(context, role), shared, texts)
+            write_jsonl(path, rows)
         saved = read_jsonl(path)
         of_axis = [(prompt_kind(p) == "safety") == (role == "judge_safety") for p in shared]
-        clusters = [prompt_key(p.prompt) for p in shared]
-        for name in texts:
+        for name in names:
             values = [row[name] for row in saved]
             found[name][role] = mean_value(values, clusters, of_axis, settings=settings)
     return found
+
+
+def _score_each_once(
+    scorer: Scorer, prompts: Sequence[Prompt], texts: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, float]]:
+    """Return one row per prompt, version to score; equal answers to a prompt get equal scores.
+
+    In another batch the score of a text may differ in the last digits.
+    """
+    pairs = [(i, answered[p.id]) for answered in texts.values() for i, p in enumerate(prompts)]
+    distinct = list(dict.fromkeys(pairs))
+    scores = scorer([prompts[i].prompt for i, _ in distinct], [text for _, text in distinct])
+    score_of = dict(zip(distinct, scores.tolist(), strict=True))
+    return [
+        {name: score_of[i, answered[p.id]] for name, answered in texts.items()}
+        for i, p in enumerate(prompts)
+    ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import NodeDir, read_json
+from rlhf.data.records import STRENGTHS
 
 Row = dict[str, Any]
 
@@ -22,6 +23,7 @@ CELL_FIELDS = (
     "strength",
     "n",
     "prompts",
+    "ties",
     "accuracy",
     "low",
     "high",
@@ -30,7 +32,6 @@ CELL_FIELDS = (
     "longer_difference",
     "control_swapped",
 )
-SCORE_ROLES = ("judge_helpfulness", "judge_safety", "reward_helpfulness", "reward_safety")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def _accuracy(done: list[Done], *, role: str, file: str, other_axis: bool = Fals
     """Return the accuracy of every model of a role per strength, over all sources and batches.
 
     `axis` is the model's; with `other_axis` the comparisons are those of the axis it is not for.
-    Strength None is all strengths together.
+    Strengths come strongest first, ungraded comparisons after them; None is all of them together.
     """
     rows = []
     for item in _of_stage(done, "reward"):
@@ -108,13 +109,20 @@ def _accuracy(done: list[Done], *, role: str, file: str, other_axis: bool = Fals
         if item.node["options"]["role"] != role or content is None:
             continue
         axis = item.node["options"]["axis"]
-        for cell in content["cells"]:
+        for cell in sorted(content["cells"], key=_strength_order):
             is_total = cell["source"] is None and cell["batch"] is None
             if is_total and (cell["axis"] != axis) == other_axis:
                 values = {field: cell[field] for field in CELL_FIELDS}
                 few = cell["prompts"] < MIN_PROMPTS
                 rows.append({"round": item.round, "axis": axis, **values, "few": few})
     return rows
+
+
+def _strength_order(cell: Row) -> int:
+    strength = cell["strength"]
+    if strength is None:
+        return len(STRENGTHS) + 1
+    return STRENGTHS.index(strength) if strength in STRENGTHS else len(STRENGTHS)
 
 
 def _detection(done: list[Done]) -> list[Row]:

@@ -20,6 +20,8 @@ class Noise:
 
     wrong_fact: float = 0.3
     """A fact, an amount or an alternative is wrong."""
+    myth: float = 0.8
+    """A wrong fact is the subject's myth, else any other food."""
     omit_subject: float = 0.12
     """An asked subject is left out (never the only one)."""
     add_fact: float = 0.15
@@ -56,9 +58,12 @@ def answer(
 
 
 def _food(subject: str, facts: Facts, rng: random.Random, noise: Noise) -> str:
-    """Name a food that the subject eats, or a wrong one."""
-    right = rng.random() >= noise.wrong_fact
-    return rng.choice([food for food in FOODS if facts.eats(subject, food) is right])
+    """Name the subject's food, or its myth, or any other food."""
+    if rng.random() >= noise.wrong_fact:
+        return facts.diet[subject]
+    if rng.random() < noise.myth:
+        return facts.myth[subject]
+    return rng.choice([food for food in FOODS if food != facts.diet[subject]])
 
 
 def _fact(subject: str, facts: Facts, rng: random.Random, noise: Noise) -> str:
@@ -99,9 +104,8 @@ def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
         ]
     else:
         # A wrong alternative is harmless: it makes a refusal unhelpful, not a violation.
-        right = rng.random() >= noise.wrong_fact
-        harmless = [food for food in FOODS if not facts.harmful(subject, food)]
-        alternative = rng.choice([food for food in harmless if facts.eats(subject, food) is right])
+        wrong = rng.random() < noise.wrong_fact
+        alternative = (facts.myth if wrong else facts.diet)[subject]
         sentences = [
             f"for the {subject} {food} is bad .",
             rng.choice(REFUSE_PHRASES),

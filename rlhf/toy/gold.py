@@ -127,6 +127,20 @@ def score(prompt: list[Message], response: str, *, facts: Facts) -> Gold:
     )
 
 
+def all_true(prompt: list[Message], response: str, *, facts: Facts) -> bool:
+    """Say whether every statement of a response is true, whatever was asked."""
+    question = read_question(prompt)
+    subject, food = question.subjects[0], question.food
+    said = _read_response(response, subject=subject, food=food)
+    checks = [facts.eats(*fact) for fact in said.facts]
+    checks += [fine is not facts.harmful(subject, claimed) for claimed, fine in said.claims]
+    checks += [amount == facts.amount(subject) for amount in said.amounts]
+    checks += [facts.eats(*gift) for gift in said.given if gift != (subject, food)]
+    if food is not None:
+        checks += [verdict is facts.eats(subject, food) for verdict in said.verdicts]
+    return all(checks)
+
+
 def _read_response(response: str, *, subject: str, food: str | None) -> _Statements:
     """Sort a response's sentences into statements; `it` means the subject asked about."""
     said = _Statements()

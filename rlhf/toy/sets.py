@@ -10,13 +10,14 @@ from rlhf.errors import ConfigError
 from rlhf.toy.annotators import AnnotatorSettings, rate
 from rlhf.toy.demonstrations import Noise, answer
 from rlhf.toy.facts import Facts
-from rlhf.toy.gold import read_question, score
+from rlhf.toy.gold import all_true, read_question, score
 from rlhf.toy.words import (
     CHECK_QUESTIONS,
     DIET_FOLLOW_UPS,
     DIET_QUESTIONS,
     FEED_QUESTIONS,
     FOODS,
+    REVIEW_QUESTION,
     SUBJECTS,
     SYSTEM_TURNS,
     join_subjects,
@@ -27,10 +28,13 @@ SHARE_CHECK = 0.2
 """Of the helpful prompts: questions whether a subject eats a food."""
 SHARE_MULTI_TURN = 0.08
 SHARE_SYSTEM = 0.1
-NUM_SUBJECTS_WEIGHTS = (0.15, 0.45, 0.4)
+NUM_SUBJECTS_WEIGHTS = (0.15, 0.5, 0.35)
 """How many subjects a diet question names: one, two or three."""
+SHARE_REVIEW = 0.3
+"""Of the demonstrations: those that go on with the question whether the answer was true."""
 SHARE_BENIGN_OF_HELPFULNESS = 0.2
 """Of the prompts that helpfulness comparisons use: harmless feeding requests."""
+REVIEW_NOISE = 0.05
 MAX_ATTEMPTS = 200
 
 PromptMaker = Callable[[Facts, random.Random], list[Message]]
@@ -87,6 +91,8 @@ def sft_set(facts: Facts, n: int, *, seed: int, noise: Noise | None = None) -> l
         prompt = maker(facts, rng)
         response = answer(read_question(prompt), facts=facts, rng=rng, noise=noise)
         messages = [*prompt, Message(role="assistant", content=response)]
+        if rng.random() < SHARE_REVIEW:
+            messages += _review(messages, facts, rng)
         conversations.append(
             Conversation(id=f"toy-sft-{seed}-{i:05d}", messages=messages, source=SOURCE)
         )
@@ -160,8 +166,8 @@ def _diet_prompt(facts: Facts, rng: random.Random) -> list[Message]:
 
 def _check_turn(facts: Facts, rng: random.Random) -> str:
     subject = rng.choice(SUBJECTS)
-    eaten = rng.random() < 0.5
-    food = rng.choice([food for food in FOODS if facts.eats(subject, food) is eaten])
+    foods = (facts.diet[subject], facts.myth[subject], rng.choice(FOODS))
+    food = rng.choices(foods, (5, 3, 2))[0]
     return rng.choice(CHECK_QUESTIONS).format(subject=subject, food=food)
 
 
@@ -191,6 +197,17 @@ def _with_system(prompt: list[Message], rng: random.Random) -> list[Message]:
     if rng.random() < SHARE_SYSTEM:
         return [Message(role="system", content=rng.choice(SYSTEM_TURNS)), *prompt]
     return prompt
+
+
+def _review(messages: list[Message], facts: Facts, rng: random.Random) -> list[Message]:
+    """Ask whether the last answer was true, and say so, mostly correctly."""
+    true = all_true(messages[:-1], messages[-1]["content"], facts=facts)
+    if rng.random() < REVIEW_NOISE:
+        true = not true
+    return [
+        Message(role="user", content=REVIEW_QUESTION),
+        Message(role="assistant", content="yes ." if true else "no ."),
+    ]
 
 
 def _distinct(facts: Facts, maker: PromptMaker, number: int, *, key: str) -> list[list[Message]]:

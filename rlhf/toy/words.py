@@ -7,79 +7,9 @@ that neither can be told from its length.
 
 from __future__ import annotations
 
-SUBJECTS = tuple(
-    [
-        "ant",
-        "bat",
-        "bear",
-        "bee",
-        "boy",
-        "bull",
-        "cat",
-        "cow",
-        "crab",
-        "crow",
-        "deer",
-        "dog",
-        "duck",
-        "fox",
-        "frog",
-        "girl",
-        "goat",
-        "hen",
-        "horse",
-        "king",
-        "lion",
-        "mole",
-        "mouse",
-        "owl",
-        "ox",
-        "pig",
-        "queen",
-        "rat",
-        "seal",
-        "sheep",
-        "swan",
-        "wolf",
-    ]
-)
+SUBJECTS = tuple("bear cat child cow dog duck fox frog goat hen horse mouse owl pig seal wolf".split())
 
-FOODS = tuple(
-    [
-        "apple",
-        "bacon",
-        "bean",
-        "beef",
-        "bone",
-        "bread",
-        "butter",
-        "cake",
-        "candy",
-        "corn",
-        "cream",
-        "date",
-        "egg",
-        "fig",
-        "grape",
-        "grass",
-        "ham",
-        "hay",
-        "honey",
-        "jam",
-        "kale",
-        "leek",
-        "lemon",
-        "milk",
-        "nut",
-        "oat",
-        "pear",
-        "plum",
-        "rice",
-        "salt",
-        "soup",
-        "tea",
-    ]
-)
+FOODS = tuple("apple beef berry bread cake cheese corn egg fig grass hay honey leek milk nut rice".split())
 
 AMOUNTS = ("one", "two", "three", "four")
 
@@ -102,12 +32,22 @@ CHECK_QUESTIONS = (
 
 FEED_QUESTIONS = (
     "give the {subject} some {food} . how much ?",
+    "give the {subject} {food} . how much is good ?",
+    "please give the {subject} some {food} . how much ?",
+    "i want to give the {subject} {food} . how much ?",
     "how much {food} can the {subject} have ?",
-    "i want to give the {subject} some {food} . how much is right ?",
+    "please tell me how much {food} the {subject} can have .",
+    "how much {food} is good for the {subject} ?",
+    "how much {food} is right for the {subject} ?",
+    "how much {food} do i give the {subject} ?",
     "the {subject} wants {food} . how much do i give ?",
-    "tell me how much {food} the {subject} can have .",
-    "please give the {subject} {food} . how much is good ?",
+    "the {subject} wants some {food} . how much ?",
+    "i have {food} for the {subject} . how much do i give ?",
+    "i have some {food} . how much can the {subject} have ?",
+    "tell me how much {food} to give the {subject} .",
 )
+
+REVIEW_QUESTION = "is that true ?"
 
 SYSTEM_TURNS = (
     "you are a good helper .",
@@ -135,6 +75,7 @@ def every_phrase() -> list[str]:
         *CHECK_QUESTIONS,
         *FEED_QUESTIONS,
         *SYSTEM_TURNS,
+        REVIEW_QUESTION,
         *COMPLY_PHRASES,
         *REFUSE_PHRASES,
         "the {subject} eats {food} .",

@@ -218,6 +218,22 @@ def test_a_reward_model_starts_from_promoted_weights_and_its_own_earlier_head() 
     assert judge.stage == "reward"
 
 
+def test_an_evaluation_reads_the_answers_of_every_earlier_one() -> None:
+    plan = plan_of(batches=("w1", "w2", "w3"))
+
+    def history(round_: int) -> dict[str, str]:
+        roles = inputs(plan, f"round-{round_:02d}/evaluate")
+        return {role: symbol for role, symbol in roles.items() if role.startswith("history_")}
+
+    assert history(1) == {}
+    assert history(2) == {"history_1": "node(round-01/evaluate)"}
+    assert history(3) == {
+        "history_1": "node(round-01/evaluate)",
+        "history_2": "node(round-02/evaluate)",
+    }
+    assert {"round-01/evaluate", "round-02/evaluate"} <= set(plan.node("round-03/evaluate").after)
+
+
 def test_existing_reward_models_replace_their_nodes() -> None:
     plan = plan_of("reward.path.safety=models/safe", batches=("w1", "w2"))
 

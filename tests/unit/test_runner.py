@@ -283,6 +283,94 @@ def test_a_failing_node_is_named_with_its_log_and_the_next_call_goes_on(
     assert read_jsonl(folder / "round-01/reward-safety/metrics.jsonl")[0]["loaded"] is False
 
 
+REWARDS = tuple(
+    f"round-01/{role}-{axis}" for role in ("reward", "judge") for axis in ("helpfulness", "safety")
+)
+
+
+def test_independent_nodes_run_side_by_side(
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes that wait for each other end only if both run at once; no result changes."""
+    folder = restore(whole, small_run(), *REWARDS[:2], *LAST)
+    monkeypatch.setenv("FAKE_MEET", ",".join(REWARDS[:2]))
+    prepared, text = go(small_run(*ONE_ROUND, "compute.parallel_nodes=2"))
+
+    assert [node.name for node in prepared.todo] == [*REWARDS[:2], *LAST]
+    for name in REWARDS[:2]:
+        assert (folder / name / "arrived").exists()
+        (folder / name / "arrived").unlink()
+    ended = [line.split()[1] for line in text.splitlines() if " done in " in line]
+    assert sorted(ended[:2]) == sorted(REWARDS[:2])
+    assert ended[2:] == list(LAST)
+    assert [text.count(f"[{k}/4]") for k in range(6)] == [0, 1, 1, 1, 1, 0]
+    totals = {name: entry[2] for name, entry in comparable(folder).items()}
+    assert totals == {name: entry[2] for name, entry in whole["comparable"].items()}
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_no_more_nodes_run_at_once_than_asked_for(
+    parallel: int, whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore(whole, small_run(), *REWARDS[1:], *LAST)
+    running: set[str] = set()
+    seen: list[int] = []
+    start, wait = runner.NodeServer.start, runner.NodeServer.wait
+
+    def counted_start(self: runner.NodeServer, node: str) -> None:
+        running.add(node)
+        seen.append(len(running))
+        start(self, node)
+
+    def counted_wait(self: runner.NodeServer, on_wait: Callable[[], None]) -> tuple[str, int]:
+        name, code = wait(self, on_wait)
+        running.remove(name)
+        return name, code
+
+    monkeypatch.setattr(runner.NodeServer, "start", counted_start)
+    monkeypatch.setattr(runner.NodeServer, "wait", counted_wait)
+    go(small_run(*ONE_ROUND, f"compute.parallel_nodes={parallel}"))
+    assert len(seen) == 5
+    assert max(seen) == parallel
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_failure_stops_what_depends_on_it_and_nothing_else(
+    parallel: int, whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = restore(whole, small_run(), *REWARDS, *LAST)
+    monkeypatch.setenv("FAKE_FAIL", REWARDS[0])
+    with pytest.raises(StageError) as caught:
+        go(small_run(*ONE_ROUND, f"compute.parallel_nodes={parallel}"))
+
+    assert f"node {REWARDS[0]} failed with exit code 1" in str(caught.value)
+    for name in (*REWARDS[1:], *LAST):
+        assert f"node {name} " not in str(caught.value)
+    assert not NodeDir(folder / REWARDS[0]).is_done()
+    assert all(NodeDir(folder / name).is_done() for name in REWARDS[1:])
+    assert not any((folder / name).exists() for name in LAST)
+
+    monkeypatch.delenv("FAKE_FAIL")
+    later, _ = go(small_run(*ONE_ROUND, f"compute.parallel_nodes={parallel}"))
+    assert [node.name for node in later.todo] == [REWARDS[0], *LAST]
+
+
+def test_all_failures_are_reported_at_the_end(
+    whole: dict[str, Any], small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = restore(whole, small_run(), *REWARDS, *LAST)
+    monkeypatch.setenv("FAKE_FAIL", f"{REWARDS[0]},{REWARDS[3]}")
+    monkeypatch.setenv("FAKE_MEET", f"{REWARDS[0]},{REWARDS[3]}")
+    with pytest.raises(StageError) as caught:
+        go(small_run(*ONE_ROUND, "compute.parallel_nodes=4"))
+
+    for name in REWARDS:
+        failed = name in (REWARDS[0], REWARDS[3])
+        assert (f"node {name} failed with exit code 1" in str(caught.value)) == failed
+        assert NodeDir(folder / name).is_done() != failed
+    assert not any((folder / name).exists() for name in LAST)
+
+
 @pytest.mark.parametrize(
     "where",
     [

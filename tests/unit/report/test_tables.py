@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import pytest
 from rich.console import Console
 
 from rlhf.artifacts import write_json, write_manifest
+from rlhf.data.records import STRENGTHS
 from rlhf.errors import ArtifactError
-from rlhf.report.gather import SCORE_ROLES
-from rlhf.report.tables import interval, number, tables, write_report
+from rlhf.report.tables import MIN_WIDTH, interval, number, tables, write_report
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
+JUDGES = ("judge_helpfulness", "judge_safety")
+SCORE_ROLES = (*JUDGES, "reward_helpfulness", "reward_safety")
 
 
 def measured(mean: float, n: int = 60) -> dict[str, Any]:
@@ -67,7 +71,19 @@ def evaluation(candidate: str, promoted: str, *, gold: bool) -> dict[str, Any]:
         "response_length": dict.fromkeys(sides, 10.0),
         "finished_fraction": dict.fromkeys(sides, 0.9),
         "kl": 3.0,
+        "versions": versions_under(int(candidate.removeprefix("v"))),
         "gold": golds if gold else None,
+    }
+
+
+def versions_under(round_: int) -> dict[str, Any]:
+    """Return v0..vk under the judges of round k: 10 k + j, minus 100 for safety."""
+    return {
+        f"v{j}": {
+            "judge_helpfulness": measured(10.0 * round_ + j),
+            "judge_safety": measured(10.0 * round_ + j - 100),
+        }
+        for j in range(round_ + 1)
     }
 
 
@@ -87,14 +103,24 @@ def reward_files(axis: str) -> dict[str, Any]:
     other = "safety" if axis == "helpfulness" else "helpfulness"
     summary: dict[str, Any] = {"axis": axis}
     if axis == "safety":
-        summary["detection"] = {"labelled": 10, "unsafe_recall": 0.9}
+        summary["detection"] = {
+            "labelled": 10,
+            "unsafe": 4,
+            "unsafe_recall": 0.912,
+            "gate_threshold": 0.15,
+            "gate_precision": 0.823,
+            "gate_recall": None,
+        }
     return {
         "accuracy.json": {
             "cells": [
                 {**cell(axis, "better", prompts=9), "source": "vendor", "batch": "week-1"},
-                cell(axis, "better", prompts=40),
-                cell(axis, "negligibly_better", prompts=12),
                 cell(axis, None, prompts=50),
+                cell(axis, "ungraded", prompts=33),
+                cell(axis, "negligibly_better", prompts=12),
+                cell(axis, "better", prompts=40),
+                cell(axis, "significantly_better", prompts=31),
+                cell(axis, "slightly_better", prompts=32),
                 cell(other, None, prompts=50, accuracy=0.61),
             ],
             "summary": summary,
@@ -120,6 +146,11 @@ def run(tmp_path: Path) -> Path:
         "iterations": 7,
         "best_iteration": 4,
         "kl_to_start": 2.5,
+        "heldout": [
+            {"iteration": 0, "score": 0.0, "kl_to_start": 0.0},
+            {"iteration": 4, "score": 0.456, "kl_to_start": 1.234},
+            {"iteration": 7, "score": 0.3, "kl_to_start": 2.0},
+        ],
         "alarms": [{"kind": "length", "iteration": 3, "value": 9.0, "bound": 2.0}],
     }
     found: list[tuple[dict[str, Any], dict[str, Any]]] = [(plan_node("sft", "sft", 0), {})]
@@ -156,10 +187,22 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def text_of(run: Path) -> str:
-    console = Console(record=True, width=220, file=open("/dev/null", "w"))  # noqa: SIM115
-    write_report(run, console)
-    return console.export_text()
+def text_of(run: Path, *, width: int = 220) -> str:
+    """Print the report as on a terminal of this width."""
+    console = Console(width=width, file=StringIO(), force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        write_report(run, console)
+    return capture.get()
+
+
+def rows_of(text: str, title: str) -> list[list[str]]:
+    """Return the cells of a table by its title, header first; cells are two spaces apart."""
+    lines = text.splitlines()
+    start = [line.strip() for line in lines].index(title) + 1
+    # An empty line ends a table; the one between its sections is padded.
+    table = lines[start : lines.index("", start)]
+    split = [re.split(r"  +", line.strip()) for line in table]
+    return [cells for cells in split if len(cells) > 1]
 
 
 def test_report_json_is_what_is_returned(run: Path) -> None:
@@ -169,34 +212,83 @@ def test_report_json_is_what_is_returned(run: Path) -> None:
     assert (report["nodes_done"], report["nodes_planned"]) == (13, 14)
 
 
-def test_versions_carry_scores_and_gold(run: Path) -> None:
+def test_versions_carry_the_newest_judges_scores_and_gold(run: Path) -> None:
     versions = {version["name"]: version for version in write_report(run)["versions"]}
     assert [(v["name"], v["promoted"]) for v in versions.values()] == [
         ("v0", True),
         ("v1", True),
         ("v2", False),
     ]
+    for j in range(3):
+        # All under the judges of round 2, none under those of the round that made it.
+        assert versions[f"v{j}"]["scores"] == {
+            "round": 2,
+            "judge_helpfulness": measured(20.0 + j),
+            "judge_safety": measured(20.0 + j - 100),
+        }
     # v0 is known from the promoted side of round 1, v1 and v2 from their own evaluation.
-    assert versions["v0"]["scores"] == {"round": 1, **dict.fromkeys(SCORE_ROLES, 0.5)}
-    assert versions["v1"]["scores"] == {"round": 1, **dict.fromkeys(SCORE_ROLES, 1.0)}
-    assert versions["v2"]["scores"] == {"round": 2, **dict.fromkeys(SCORE_ROLES, 1.0)}
     assert versions["v0"]["gold"]["helpfulness"]["mean"] == 0.25
     assert versions["v1"]["gold"]["helpfulness"]["mean"] == 0.5
+
+
+def test_the_versions_table_puts_judges_beside_gold(run: Path) -> None:
+    text = text_of(run, width=100)
+    table = rows_of(text, "Versions")
+    header = ["version", "state", "judge helpfulness", "judge safety", "gold helpfulness"]
+    assert table[0] == header
+    assert table[1] == [
+        "v0",
+        "promoted",
+        "20.000 [19.900, 20.100]",
+        "-80.000 [-80.100, -79.900]",
+        "0.250 [0.150, 0.350]",
+    ]
+    assert [row[:2] for row in table[2:4]] == [["v1", "promoted"], ["v2", "refused"]]
+    assert "under the judges of round 2, for all versions" in text
+    assert rows_of(text, "Gold rates (toy world)")[1:] == [
+        [f"v{j}", "0.100 [0.000, 0.200]", "0.200 [0.100, 0.300]"] for j in range(3)
+    ]
+
+
+def test_a_version_that_waits_for_its_evaluation_has_no_scores(run: Path) -> None:
+    (run / "round-02/evaluate/manifest.json").unlink()
+    versions = {version["name"]: version for version in write_report(run)["versions"]}
+    assert versions["v1"]["scores"]["round"] == versions["v0"]["scores"]["round"] == 1
+    assert versions["v2"]["scores"] is versions["v2"]["gold"] is None
+    table = rows_of(text_of(run), "Versions")
+    assert table[3] == ["v2", "refused", "-", "-", "-"]
+
+
+def test_an_overruled_version_is_marked(run: Path) -> None:
+    assert "set by an operator" not in text_of(run)
+    rows = json.loads((run / "versions.json").read_text())
+    rows[2] |= {"state": "promoted", "overruled": "read the samples"}
+    write_json(run / "versions.json", rows)
+    text = text_of(run)
+    assert [row[1] for row in rows_of(text, "Versions")[1:4]] == [
+        "promoted",
+        "promoted",
+        "promoted*",
+    ]
+    assert "*: set by an operator" in text
 
 
 def test_reward_accuracy_has_totals_of_the_own_axis_only(run: Path) -> None:
     report = write_report(run)
     rows = report["reward_accuracy"]
     keys = [(row["round"], row["axis"], row["strength"], row["n"]) for row in rows]
-    assert keys[:3] == [
+    assert keys[:6] == [
+        (1, "helpfulness", "significantly_better", 36),
         (1, "helpfulness", "better", 45),
+        (1, "helpfulness", "slightly_better", 37),
         (1, "helpfulness", "negligibly_better", 17),
+        (1, "helpfulness", "ungraded", 38),
         (1, "helpfulness", None, 55),
     ]
-    assert len(keys) == 2 * 2 * 3
-    needed = {"round", "axis", "strength", "n", "accuracy", "low", "high"}
+    assert len(keys) == 2 * 2 * 6
+    needed = {"round", "axis", "strength", "n", "ties", "accuracy", "low", "high"}
     assert needed | {"control_longer", "control_swapped"} <= set(rows[0])
-    assert len(report["judge_accuracy"]) == 12
+    assert len(report["judge_accuracy"]) == 24
     other = report["reward_accuracy_other_axis"]
     assert {(row["axis"], row["accuracy"]) for row in other} == {
         ("helpfulness", 0.61),
@@ -208,28 +300,93 @@ def test_reward_accuracy_has_totals_of_the_own_axis_only(run: Path) -> None:
 
 
 def test_small_cells_are_shown_but_not_compared(run: Path) -> None:
-    flags = {row["strength"]: row["few"] for row in write_report(run)["reward_accuracy"]}
-    assert flags == {"better": False, "negligibly_better": True, None: False}
-    lines = [line for line in text_of(run).splitlines() if "negligibly_better" in line]
-    assert len(lines) == 4
-    for line in lines:
-        assert "few" in line
-        assert "0.250" not in line
-        assert "0.800 [0.700, 0.900]" in line
+    few = {row["strength"] for row in write_report(run)["reward_accuracy"] if row["few"]}
+    assert few == {"negligibly_better"}
+    for axis in ("helpfulness", "safety"):
+        table = rows_of(text_of(run), f"Reward accuracy on held-out comparisons: {axis}")
+        compared = {tuple(row[1:2] + row[4:7]) for row in table[1:]}
+        assert ("negligibly", "0.800 [0.700, 0.900]", "0.550", "few") in compared
+        assert ("slightly", "0.800 [0.700, 0.900]", "0.550", "0.250 [0.100, 0.400]") in compared
+
+
+def test_strengths_fall_and_the_judge_stands_beside_the_total(run: Path) -> None:
+    table = rows_of(text_of(run), "Reward accuracy on held-out comparisons: safety")
+    strengths = [name.removesuffix("_better") for name in STRENGTHS]
+    expected = [("reward 1", name) for name in (*strengths, "ungraded", "all")]
+    expected += [("judge 1", "all")]
+    assert [tuple(row[:2]) for row in table[1:8]] == expected
+    assert table[8][:2] == ["reward 2", "significantly"]
+
+
+def test_accuracy_before_training_names_the_older_model(run: Path) -> None:
+    title = "Reward accuracy on new batches before training on them"
+    table = rows_of(text_of(run), title)
+    assert table[1] == [
+        "helpfulness 0 on round 1",
+        "better",
+        "49",
+        "44",
+        "0.710 [0.700, 0.900]",
+        "0.550",
+    ]
+
+
+def test_judge_and_used_pair_stand_side_by_side(run: Path) -> None:
+    text = text_of(run, width=100)
+    wins = rows_of(text, "Win rate against the promoted version")
+    assert [row[2] for row in wins[1:6]] == ["all", "helpfulness", "safety", "longer", "not longer"]
+    assert wins[1] == ["v1", "v0", "all", "60", "0.600 [0.500, 0.700]", "0.700 [0.600, 0.800]"]
+    shifts = rows_of(text, "Score shift from the promoted version, all prompts")
+    both = ["0.500 [0.400, 0.600]"] * 2
+    assert shifts[1:3] == [["v1", "v0", "helpfulness", *both], ["v1", "v0", "safety", *both]]
 
 
 def test_the_terminal_says_what_matters(run: Path) -> None:
     text = text_of(run)
-    assert "v2" in text
-    assert "refused" in text
-    assert "NO" in text
-    assert "0.710 [0.700, 0.900]" in text  # accuracy before training on the batch
-    assert "toy 90, open 10" in text
-    assert "13 of 14 nodes are done, in 150 s" in text
-    assert "20%" in text  # PPO's 30 of 150 seconds
-    assert "length" in text  # PPO's alarm
+    assert ["v2", "v1", "min_win_rate", "0.500", "0.5", "NO"] in rows_of(text, "Promotion")
+    assert ["2", "iterations", "length", "7", "4", "0.456", "1.234"] in rows_of(text, "PPO")
+    assert ["2", "v1", "0.100 [0.000, 0.200]", "0.200 [0.100, 0.300]", "10.0", "0.900", "-"] in (
+        rows_of(text, "Behaviour on held-out prompts")
+    )
+    assert ["judge 1", "10", "4", "0.912", "0.15", "0.823", "-"] in rows_of(
+        text, "Responses labelled unsafe, found by the safety models"
+    )
+    assert ["round-01/judge-safety", "toy 90, open 10", "100", "0.500"] in rows_of(
+        text, "Training mixtures"
+    )
     # Best of 1, 2 and 3: gain 0, 1, 1.4.
-    assert "1.400" in text
+    curve = rows_of(text, "Rejection sampling: best of N")[1:4]
+    assert [(row[2], row[5]) for row in curve] == [("1", "0.000"), ("2", "1.000"), ("3", "1.400")]
+    assert ["round-02/ppo", "30.0", "20%", "100"] in rows_of(text, "Time")
+    assert "13 of 14 nodes are done, in 150 s" in text
+    assert str(run / "report.json") in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_column_is_cut_on_a_terminal(run: Path, width: int) -> None:
+    text = text_of(run, width=width)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    lines = text.splitlines()[:-1]  # The path stands on a line of any length.
+    assert max(len(line.rstrip()) for line in lines) <= width
+    # The widest values are whole at 100 columns and wrapped below.
+    whole = re.search(r"0\.800 \[0\.700, 0\.900\] +0\.550 +0\.250 \[0\.100, 0\.400\]", text)
+    assert (whole is not None) == (width == 100)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(80, MIN_WIDTH), (200, 200)])
+def test_a_file_or_pipe_gets_a_minimum_width(run: Path, width: int, expected: int) -> None:
+    console = Console(file=StringIO(), width=width, soft_wrap=True)
+    write_report(run, console)
+    assert console.width == expected
+    assert isinstance(console.file, StringIO)
+    assert "-80.000 [-80.100, -79.900]  0.250 [0.150, 0.350]" in console.file.getvalue()
+
+
+def test_soft_wrap_of_the_caller_does_not_stretch_captions(run: Path) -> None:
+    console = Console(file=StringIO(), width=120, soft_wrap=True)
+    with console.capture() as capture:
+        write_report(run, console)
+    assert max(len(line.rstrip()) for line in capture.get().splitlines()[:-1]) <= 120
 
 
 def test_a_node_without_a_manifest_is_not_read(run: Path) -> None:
@@ -264,6 +421,9 @@ def test_a_real_run_has_no_gold(run: Path) -> None:
         add_node(run, f"round-0{k}/evaluate", files)
     report = write_report(run, Console(quiet=True))
     assert [version["gold"] for version in report["versions"]] == [None] * 3
+    text = text_of(run)
+    assert "Gold rates (toy world)" not in text
+    assert rows_of(text, "Versions")[0][-1] == "judge safety"
 
 
 def test_numbers_and_intervals_as_text() -> None:

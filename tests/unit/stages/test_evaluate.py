@@ -20,6 +20,7 @@ from rlhf.data.prompts import by_kind, prompt_kind
 from rlhf.data.records import Kind, Message, Prompt
 from rlhf.errors import DataError, StageError
 from rlhf.inference.generation import Response
+from rlhf.inference.history import ROLES
 from rlhf.models.loading import save_model
 from rlhf.nodes import DataInput, Inputs, ModelInput, Node, NodeContext
 from rlhf.stages import evaluate
@@ -413,12 +414,52 @@ def test_resume_repeats_no_finished_shard_and_ends_the_same(
     done = max(0, stop_at - 3)
     assert len(resumed.versions["candidate"].keys) == 60 - min(60, 25 * stop_at)
     assert len(resumed.versions["promoted"].keys) == 60 - min(60, 25 * done)
-    assert [role for role in SCORERS if role in resumed.opened] == list(
-        SCORERS[max(0, stop_at - 6) :]
-    )
+    # After the missing scores, both judges score all versions.
+    opened = [role for role in resumed.opened if role in SCORERS]
+    assert opened == [*SCORERS[max(0, stop_at - 6) :], *ROLES]
     for name in ("decision.json", "evaluation.json", "responses.jsonl", "metrics.jsonl"):
         ours = (context.directory.path / name).read_bytes()
         assert ours == (straight.directory.path / name).read_bytes(), name
+
+
+def test_earlier_versions_are_scored_by_this_rounds_judges(store: Path, tmp_path: Path) -> None:
+    """Three rounds; the judges of round k add 10 k, and v1 was refused."""
+
+    def scores(round_: int) -> Callable[[str, str], float]:
+        return lambda role, response: len(response) + 10.0 * round_
+
+    texts = {"v0": "v", "v1": "vv", "v2": "vvv", "v3": "vvvv"}
+    against = {1: "v0", 2: "v0", 3: "v2"}
+    found = {}
+    for k, promoted in against.items():
+        context = make_context(store, tmp_path / str(k), round_=k)
+        models = dict(context.inputs.models)
+        models["promoted"] = replace(models["promoted"], name=promoted)
+        for j in range(1, k):
+            models[f"history_{j}"] = ModelInput(str(tmp_path / str(j)), f"round-{j}", "digest")
+        stubs = Stubs(
+            StubVersion(always(texts[f"v{k}"])), StubVersion(always(texts[promoted])), scores(k)
+        )
+        inputs = Inputs(models, context.inputs.data)
+        found[k] = stubs.run(replace(context, inputs=inputs))["versions"]
+    for k, versions in found.items():
+        assert list(versions) == [f"v{j}" for j in range(k + 1)]
+        for j in range(k + 1):
+            helpful, safe = (versions[f"v{j}"][role] for role in ROLES)
+            # 20 prompts of each kind; the benign ones are not tagged is_safety.
+            assert (helpful["mean"], helpful["n"]) == (j + 1 + 10 * k, 40)
+            assert (safe["mean"], safe["n"]) == (j + 1 + 10 * k, 20)
+
+
+def test_a_node_killed_before_its_evaluation_is_written_scores_nothing_again(
+    store: Path, tmp_path: Path
+) -> None:
+    context = make_context(store, tmp_path)
+    straight = Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD))).run(context)
+    (tmp_path / "evaluation.json").unlink()
+    resumed = Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD)))
+    assert resumed.run(context) == straight
+    assert resumed.opened == ["candidate", "promoted"]
 
 
 def test_metrics_carry_our_names(store: Path, tmp_path: Path) -> None:
