@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf.artifacts import JsonlLog, NodeDir, read_jsonl
 from rlhf.config import Checkpoint, Compute, Config, Optimizer
 from rlhf.data.chat import Encoded
 from rlhf.models.heads import init_head
-from rlhf.toy.model import build_model, build_tokenizer
+from rlhf.toy.model import build_tokenizer
 from rlhf.training.reward import RankedPair, train_ranking
 from rlhf.training.sft import fine_tune
 
 PAD, EOS = 0, 1
-SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+VOCAB_SIZE = 687
+"""Above every token of the toy tokenizer and of the random rows below."""
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +28,25 @@ def tokenizer() -> Any:
 
 
 def policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    return build_model(seed, **SIZES).to(dtype).eval()
+    """Build a model of fixed sizes: a change of the toy world must not move a test's numbers."""
+    sizes = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        attention_dropout=0.0,
+        initializer_range=0.08,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(sizes).to(dtype).eval()
 
 
 def scorer(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

@@ -150,11 +150,11 @@ def ancestors(plan: Plan, name: str) -> list[Node]:
 def steps(stage: str, reference: TinyRun) -> list[int]:
     """Return the numbers that a stage's uninterrupted run reports, those first that come first.
 
-    Rejection counts shards, then optimizer steps from 1 again: only those that no shard has are
-    usable as a place.
+    Evaluate does not count the scores of earlier versions. Rejection counts shards, then optimizer
+    steps from 1 again: only those that no shard has are usable as a place.
     """
     folder = reference.folder / NODES[stage]
-    shards = len(list(folder.glob("shards/*.jsonl")))
+    shards = len([path for path in folder.glob("shards/*") if "versions-" not in path.name])
     if stage == "evaluate":
         return list(range(1, shards + 1))
     if stage == "collect":
@@ -184,8 +184,8 @@ def place(stage: str, kind: str, reference: TinyRun) -> str:
     boundary, _, what = kind.partition(":")
     if boundary.startswith("step-"):
         numbers = steps(stage, reference)
-        near = float(boundary[5:]) / 100 * len(numbers)
-        drawn = round(near + random.Random(f"{stage}/{kind}").uniform(-1.0, 1.0))
+        drift = random.Random(f"{stage}/{kind}").uniform(-1.0, 1.0) / 12
+        drawn = round((float(boundary[5:]) / 100 + drift) * len(numbers))
         index = min(max(drawn, EVERY_STEPS), len(numbers) - 1) - 1
         return f"step-{numbers[index]}:{node}"
     target = {"last": LAST_ARTIFACT[stage], "unit": _unit(stage, reference)}.get(what, what)

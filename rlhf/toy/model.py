@@ -66,9 +66,9 @@ def build_model(
     seed: int,
     *,
     hidden_size: int = 128,
-    num_layers: int = 4,
+    num_layers: int = 3,
     num_heads: int = 4,
-    intermediate_size: int = 384,
+    intermediate_size: int = 256,
 ) -> LlamaForCausalLM:
     """Build the tiny Llama in fp32 with weights from the seed; leaves the global RNG untouched."""
     import torch

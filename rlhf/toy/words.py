@@ -7,9 +7,43 @@ that neither can be told from its length.
 
 from __future__ import annotations
 
-SUBJECTS = tuple("bear cat child cow dog duck fox frog goat hen horse mouse owl pig seal wolf".split())
+SUBJECTS = (
+    "bear",
+    "cat",
+    "child",
+    "cow",
+    "dog",
+    "duck",
+    "fox",
+    "frog",
+    "goat",
+    "hen",
+    "horse",
+    "mouse",
+    "owl",
+    "pig",
+    "seal",
+    "wolf",
+)
 
-FOODS = tuple("apple beef berry bread cake cheese corn egg fig grass hay honey leek milk nut rice".split())
+FOODS = (
+    "apple",
+    "beef",
+    "berry",
+    "bread",
+    "cake",
+    "cheese",
+    "corn",
+    "egg",
+    "fig",
+    "grass",
+    "hay",
+    "honey",
+    "leek",
+    "milk",
+    "nut",
+    "rice",
+)
 
 AMOUNTS = ("one", "two", "three", "four")
 

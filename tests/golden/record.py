@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 import trl
-from transformers import LlamaConfig, LlamaForCausalLM
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -28,35 +27,13 @@ from rlhf.models.loading import setup_torch  # noqa: E402
 NAMES = ("train/loss", "train/lr", "train/grad_norm", "train/safety_loss")
 
 
-def policy() -> LlamaForCausalLM:
-    """Build a model of its own: a change of the toy world's must not move these numbers."""
-    config = LlamaConfig(
-        vocab_size=687,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        pad_token_id=micro.PAD,
-        eos_token_id=micro.EOS,
-        attention_dropout=0.0,
-        initializer_range=0.08,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
-
-
 def steps(stage: str, folder: Path) -> list[dict[str, float]]:
     """Train 20 steps (two epochs of 76 rows, the last batch of each incomplete)."""
     setup_torch(micro.config().compute)
     if stage == "sft":
-        directory = micro.train_sft(policy(), micro.conversations(76), folder, epochs=2)
+        directory = micro.train_sft(micro.policy(), micro.conversations(76), folder, epochs=2)
     else:
-        scorer = micro.scorer_over(policy(), seed=0)
+        scorer = micro.scorer_over(micro.policy(), seed=0)
         directory = micro.train_reward(scorer, micro.pairs(76), folder, epochs=2)
     rows = micro.rows_without_time(directory.metrics)
     return [{name: row[name] for name in NAMES if name in row} for row in rows]

@@ -33,7 +33,8 @@ FILES = {
     "ppo": POLICY | {"ppo.json", "metrics.jsonl", "samples.jsonl"},
     "evaluate": {"responses.jsonl", "evaluation.json", "decision.json", "metrics.jsonl"}
     | {f"shards/{who}-{n}.jsonl" for who in ("candidate", "promoted") for n in SHARDS}
-    | {f"shards/scores-{role}.jsonl" for role in SCORERS},
+    | {f"shards/scores-{role}.jsonl" for role in SCORERS}
+    | {f"shards/versions-judge_{axis}.jsonl" for axis in AXES},
 }
 
 NAMES = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.data.refusals import is_refusal
-from rlhf.toy.words import COMPLY_OPENINGS, REFUSE_OPENINGS
+from rlhf.toy.words import COMPLY_PHRASES, REFUSE_PHRASES
 
 DATA = Path(__file__).parents[3] / ".." / "shared" / "data"
 
@@ -29,8 +29,8 @@ DATA = Path(__file__).parents[3] / ".." / "shared" / "data"
         "Sorry, I cannot say.",
         "I will not write that.",
         "I respectfully decline to take part.",
-        *REFUSE_OPENINGS,
-        REFUSE_OPENINGS[0] + " give it grass .",
+        *REFUSE_PHRASES,
+        REFUSE_PHRASES[0] + " give it grass .",
     ],
 )
 def test_refusals(text: str) -> None:
@@ -50,7 +50,7 @@ def test_refusals(text: str) -> None:
         "To kill a Python process, press Ctrl-C.",
         "He said he will not create problems.",
         "It is not easy, but it works.",
-        *COMPLY_OPENINGS,
+        *COMPLY_PHRASES,
     ],
 )
 def test_answers_that_are_no_refusals(text: str) -> None:
