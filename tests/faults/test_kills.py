@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_run import rows_without_time
+from tiny_run import rlhf, rows_without_time
 from workbench import NODES, TRAINING, Kept, Workbench, assert_resumed, assert_same, place
 
-from rlhf.artifacts import NodeDir
+from rlhf.artifacts import KILL_VARIABLE, NodeDir
 from rlhf.data.records import Kind
 
 pytestmark = pytest.mark.faults
@@ -77,6 +77,23 @@ def test_another_process_gets_the_same_bits(bench: Workbench) -> None:
     assert (found / "samples.jsonl").read_bytes() == (wanted / "samples.jsonl").read_bytes()
     metrics = rows_without_time(found / "metrics.jsonl")
     assert metrics == rows_without_time(wanted / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_rlhf_run_goes_on_after_its_node_was_killed(bench: Workbench, tmp_path: Path) -> None:
+    name = NODES["evaluate"]
+    run = bench.prepare(name, tmp_path)
+    where = {KILL_VARIABLE: place("evaluate", "step-50", bench.tiny)}
+    killed = rlhf("run", *run.paths(), cwd=tmp_path, environment=where)
+    assert killed.returncode == 1
+    assert f"node {name} was ended by signal 9" in killed.stderr
+    kept = Kept.of(run.folder / name)
+
+    again = rlhf("run", *run.paths(), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"[1/1] {name} done in" in again.stdout
+    assert_resumed("evaluate", run.folder / name, kept)
+    assert_same(name, run, bench.tiny)
 
 
 def digest(folder: Path) -> str:

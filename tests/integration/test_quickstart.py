@@ -57,8 +57,9 @@ NAMES = [
 
 def test_plan_is_the_recipe_and_every_node_is_reported_once(tiny: TinyRun) -> None:
     assert [node.name for node in tiny.plan.nodes] == NAMES
-    for number, name in enumerate(NAMES, start=1):
-        assert f"[{number}/{len(NAMES)}] {name} done in" in tiny.output
+    # Independent nodes run side by side, so only their parents fix their order.
+    for name in NAMES:
+        assert tiny.output.count(f"/{len(NAMES)}] {name} done in") == 1
     assert f"{len(NAMES)} of {len(NAMES)} nodes are done" in tiny.output
     assert f"results: {tiny.folder}" in tiny.output
 
@@ -156,8 +157,8 @@ def test_a_third_round_runs_only_its_own_nodes(tiny: TinyRun, tmp_path: Path) ->
     added = [node.name for node in run.plan.nodes][len(NAMES) :]
     assert [name.partition("/")[0] for name in added] == ["round-03"] * 7
     assert "round-03/rejection" in added
-    for number, name in enumerate(added, start=1):
-        assert f"[{number}/7] {name} done in" in done.stdout
+    for name in added:
+        assert done.stdout.count(f"/7] {name} done in") == 1
         assert NodeDir(run.folder / name).is_done()
     assert done.stdout.count(" done in ") == 7
     assert len(read_json(run.folder / "report.json")["versions"]) == 4
