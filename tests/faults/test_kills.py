@@ -34,7 +34,7 @@ BY_DEFAULT = {
     ("reward", "before-rename:unit"),
     ("rejection", "step-75"),
     ("ppo", "step-50"),
-    ("evaluate", "after-rename:last"),
+    ("evaluate", "before-rename:unit"),
     ("collect", "step-75"),
 }
 
