@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
-from rlhf.errors import ConfigError, RlhfError, UserError
+from rlhf.errors import DISK_FULL, ConfigError, RlhfError, UserError, is_disk_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("stopped; the same command goes on where this one ended", 1)
     except BrokenPipeError:
         return 1
-    except Exception:
+    except Exception as error:
+        if is_disk_full(error):
+            return _say(f"{DISK_FULL} ({error})", 1)
         return _say(f"this is a bug in rlhf; please report it\n{traceback.format_exc()}", 1)
 
 

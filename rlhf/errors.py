@@ -11,6 +11,8 @@ RlhfError
 
 from __future__ import annotations
 
+import errno
+
 
 class RlhfError(Exception):
     """Base of every error this package raises on purpose."""
@@ -38,3 +40,18 @@ class LeaseError(RlhfError, RuntimeError):
 
 class StageError(RlhfError, RuntimeError):
     """A stage stopped itself to protect the last good state."""
+
+
+DISK_FULL = "the disk is full: free some space and run the same command again; what is done stays"
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it came from, is a full disk or an exceeded quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors and torch report the system's text in exceptions of their own.
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

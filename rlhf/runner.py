@@ -18,7 +18,7 @@ from rich.console import Console
 from rlhf.artifacts import NodeDir, read_json, write_json, write_text
 from rlhf.compose import RUN_FILE, freeze, run_dir
 from rlhf.config import Annotators, Config, OnChange
-from rlhf.errors import ConfigError, StageError
+from rlhf.errors import DISK_FULL, ConfigError, StageError
 from rlhf.fingerprint import STAGES, differences, flat_config, read_flat
 from rlhf.launch.local import PLAN, NodeServer
 from rlhf.nodes import Node
@@ -31,6 +31,9 @@ from rlhf.versions import forget_overrules, write_versions
 from rlhf.worker import process_environment
 
 log = logging.getLogger(__name__)
+
+FULL_BYTES = 2**20
+"""With less free space a log may have lost its end, so the disk itself is asked."""
 
 TOY_WORLD_KEYS = (
     "seed",
@@ -154,6 +157,8 @@ def failure(config: Config, node: Node, run_folder: Path, code: int) -> str:
     folder = run_folder / node.name
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     hint = " (9 is also what a machine without memory sends)" if code == -9 else ""
+    if shutil.disk_usage(run_folder).free < FULL_BYTES:
+        hint += f"; {DISK_FULL}"
     tail = "\n".join(f"  {line}" for line in log_tail(folder))
     return (
         f"node {node.name} {how}{hint}; the end of {folder / 'log.txt'}:\n{tail}\n"

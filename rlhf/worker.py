@@ -26,7 +26,15 @@ from rlhf.artifacts import (
 )
 from rlhf.compose import freeze
 from rlhf.config import Config
-from rlhf.errors import ConfigError, LeaseError, RlhfError, StageError, UserError
+from rlhf.errors import (
+    DISK_FULL,
+    ConfigError,
+    LeaseError,
+    RlhfError,
+    StageError,
+    UserError,
+    is_disk_full,
+)
 from rlhf.fingerprint import (
     differences,
     execution_only,
@@ -104,8 +112,11 @@ def run_logged(
     except RlhfError as error:
         log.error("%s: %s", type(error).__name__, error)
         return 2 if isinstance(error, UserError) else 1
-    except Exception:
-        log.error("node %s failed\n%s", name, traceback.format_exc())
+    except Exception as error:
+        if is_disk_full(error):
+            log.error("%s (%s)", DISK_FULL, error)
+        else:
+            log.error("node %s failed\n%s", name, traceback.format_exc())
         return 1
     return 0
 

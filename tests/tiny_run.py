@@ -115,7 +115,7 @@ class TinyRun:
 
 
 def shared_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """Return the run that all tests of this session share; the first caller makes it."""
+    """Return the run that all tests of one pytest call share; the first caller makes it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,6 +123,26 @@ def test_exit_codes_follow_the_error(
     monkeypatch.setitem(commands.HANDLERS, "clean", fail)  # type: ignore[arg-type]
     assert cli.main(["clean", "recipe=quickstart"]) == code
     assert ("Traceback" in capsys.readouterr().err) is (type(error) is RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), ValueError("No space left on device (28)")],
+)
+def test_a_full_disk_is_one_line_and_no_bug(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: Config) -> int:
+        try:
+            raise error
+        except type(error) as cause:
+            raise RuntimeError("cannot write") from cause
+
+    monkeypatch.setitem(commands.HANDLERS, "clean", fail)  # type: ignore[arg-type]
+    assert cli.main(["clean", "recipe=quickstart"]) == 1
+    said = capsys.readouterr().err
+    assert "the disk is full: free some space" in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_cfg_prints_the_composed_configuration(

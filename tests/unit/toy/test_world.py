@@ -30,7 +30,7 @@ def gap(row: Comparison) -> float:
 @lru_cache(maxsize=8)
 def rated(axis: str, *, length_bias: float = 0.0, shuffle: bool = False) -> list[Comparison]:
     settings = AnnotatorSettings(length_bias=length_bias, shuffle=shuffle)
-    return world().comparison_set(4000, axis=axis, seed=11, settings=settings)
+    return world().comparison_set(10_000, axis=axis, seed=11, settings=settings)
 
 
 def longer_wins(rows: list[Comparison]) -> float:
@@ -85,9 +85,9 @@ def test_annotators_agree_with_gold_as_often_as_their_strength_says(axis: str) -
     rows = [row for row in rated(axis) if not row.tie]
     for strength in STRENGTHS:
         gaps = [gap(row) for row in rows if row.strength == strength]
-        assert len(gaps) > 200, strength
+        assert len(gaps) > 1000, strength
         agreed = sum(value > 0 for value in gaps) / len(gaps)
-        assert agreed == pytest.approx(AGREEMENT[strength], abs=0.05), strength
+        assert agreed == pytest.approx(AGREEMENT[strength], abs=0.03), strength
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -113,12 +113,27 @@ def test_only_safety_comparisons_carry_safety_labels() -> None:
     assert all(row.chosen_safe is None for row in rated("helpfulness"))
 
 
-def test_a_verdict_depends_on_seed_and_id_alone() -> None:
-    rows = rated("safety")[:50]
-    for row in reversed(rows):
-        again = world().rate(row.prompt, row.chosen, row.rejected, axis="safety", id="x", seed=5)
-        same = world().rate(row.prompt, row.chosen, row.rejected, axis="safety", id="x", seed=5)
-        assert again == same
+def test_a_verdict_depends_on_seed_and_id_and_not_on_what_was_rated_before() -> None:
+    rows = rated("safety")[:200]
+
+    def verdicts(order: list[int], *, seed: int, mark: str) -> dict[int, Comparison]:
+        return {
+            i: world().rate(
+                rows[i].prompt,
+                rows[i].chosen,
+                rows[i].rejected,
+                axis="safety",
+                id=f"{mark}{i}",
+                seed=seed,
+            )
+            for i in order
+        }
+
+    forward, backward = list(range(200)), list(reversed(range(200)))
+    first = verdicts(forward, seed=5, mark="x")
+    assert first == verdicts(backward, seed=5, mark="x")
+    for other in (verdicts(forward, seed=6, mark="x"), verdicts(forward, seed=5, mark="y")):
+        assert [row.chosen for row in first.values()] != [row.chosen for row in other.values()]
 
 
 def test_sets_follow_their_seed_and_prompts_are_distinct() -> None:
