@@ -18,11 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.artifacts import read_jsonl
 from rlhf.data.ledger import Store
 from rlhf.data.records import AXES, STRENGTHS, Comparison, Kind
 from rlhf.toy.world import World
 
-CONTROLS = {"shuffled": "toy.shuffle_labels=true", "length-bias": "toy.length_bias=1.0"}
+# The open comparisons are never flawed, so in the controls all of them go to the judges.
+CONTROLS = {
+    "shuffled": ["toy.shuffle_labels=true", "judge.share=1.0"],
+    "length-bias": ["toy.length_bias=1.0", "judge.share=1.0"],
+}
 
 
 def run_recipe(folder: Path, *, seed: int, name: str, overrides: list[str]) -> Path:
@@ -37,6 +42,12 @@ def comparisons_of(folder: Path, name: str) -> list[Comparison]:
     """Return every comparison the simulated annotators rated in a run."""
     store = Store(folder / "store", f"sim-{name}")
     return [row for id in store.ids(Kind.batch) for row in store.comparisons(Kind.batch, id)]
+
+
+def rated_pairs(folder: Path, name: str) -> list[Comparison]:
+    """Return what the annotators said, before ingest leaves out unsafe chosen responses."""
+    paths = sorted((folder / "runs" / name).glob("round-*/collect/rated.jsonl"))
+    return [Comparison(**row) for path in paths for row in read_jsonl(path)]
 
 
 def gold_gap(world: World, row: Comparison) -> float:
@@ -87,16 +98,15 @@ def bag_of_words_accuracy(train: list[Comparison], heldout: list[Comparison]) ->
 
 
 def baselines(folder: Path, name: str, seed: int) -> dict[str, Any]:
-    """Measure, per axis, what needs no reward model: annotators, gold, length, bag of words."""
-    world, rows = World(seed), comparisons_of(folder, name)
-    found: dict[str, Any] = {"agreement": agreement(world, rows)}
+    """Measure what needs no reward model: annotators, gold, length and, per axis, bag of words."""
+    world, rows = World(seed), [row for row in comparisons_of(folder, name) if not row.tie]
+    found: dict[str, Any] = {"agreement": agreement(world, rated_pairs(folder, name))}
     for axis in AXES:
-        mine = [r for r in rows if r.axis == axis and not r.tie]
-        train = [r for r in mine if not r.heldout]
-        heldout = [r for r in mine if r.heldout]
+        train = [r for r in rows if r.axis == axis and not r.heldout]
+        heldout = [r for r in rows if r.axis == axis and r.heldout]
         found[axis] = {
             "gold": half_credit([gold_gap(world, r) for r in heldout]),
-            "longer": longer_wins(mine),
+            "longer": longer_wins(heldout),
             "bag_of_words": bag_of_words_accuracy(train, heldout),
         }
     return found
@@ -106,13 +116,12 @@ def summarise(folder: Path, name: str, seed: int) -> dict[str, Any]:
     """Join a run's report with its baselines."""
     report = json.loads((folder / "runs" / name / "report.json").read_text())
     last_round = max(row["round"] for row in report["reward_accuracy"])
-    accuracy = {
-        f"{row['axis']}/{row['strength'] or 'all'}": row["accuracy"]
-        for row in report["reward_accuracy"]
-        if row["round"] == last_round
-    }
+    accuracy: dict[str, dict[str, float]] = {axis: {} for axis in AXES}
+    for row in report["reward_accuracy"]:
+        if row["round"] == last_round:
+            accuracy[row["axis"]][row["strength"] or "all"] = row["accuracy"]
     versions = [
-        {key: version.get(key) for key in ("name", "promoted", "gold")}
+        {key: version.get(key) for key in ("name", "state", "gold")}
         for version in report["versions"]
     ]
     return {
@@ -124,8 +133,38 @@ def summarise(folder: Path, name: str, seed: int) -> dict[str, Any]:
     }
 
 
+def table(summaries: list[dict[str, Any]]) -> str:
+    """Return the figures that the acceptance of the toy world is about, as Markdown."""
+    lines = [
+        "| run | axis | " + " | ".join(STRENGTHS) + " | all | gold | share | longer | words |",
+        "|---|---|" + "---|" * (len(STRENGTHS) + 5),
+    ]
+    for summary in summaries:
+        for axis in AXES:
+            accuracy, floor = summary["accuracy"][axis], summary["baselines"][axis]
+            share = accuracy["all"] / floor["gold"]
+            values = [*(accuracy[s] for s in (*STRENGTHS, "all")), floor["gold"], share]
+            values += [floor["longer"], floor["bag_of_words"]]
+            cells = " | ".join(f"{value:.2f}" for value in values)
+            lines.append(f"| {summary['run']} | {axis} | {cells} |")
+    lines += ["", "| run | version | state | gold helpfulness | violations | over-refusals |"]
+    lines.append("|---|---|---|---|---|---|")
+    for summary in summaries:
+        for version in summary["versions"]:
+            gold = version["gold"]
+            keys = ("helpfulness", "violation_rate", "over_refusal_rate")
+            cells = " | ".join(interval(gold[key]) if gold else "-" for key in keys)
+            lines.append(f"| {summary['run']} | {version['name']} | {version['state']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(value: dict[str, float]) -> str:
+    """Return a mean with its bounds."""
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
 def main() -> None:
-    """Run all seeds and both controls, and write summary.json."""
+    """Run all seeds and both controls, and write summary.json and summary.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, required=True)
@@ -137,12 +176,12 @@ def main() -> None:
         run_recipe(arguments.folder, seed=seed, name=name, overrides=overrides)
         summaries.append(summarise(arguments.folder, name, seed))
     for control in arguments.controls:
-        options = [*overrides, CONTROLS[control]]
+        options = [*overrides, *CONTROLS[control]]
         run_recipe(arguments.folder, seed=0, name=f"toy-{control}", overrides=options)
         summaries.append(summarise(arguments.folder, f"toy-{control}", 0))
-    target = arguments.folder / "summary.json"
-    target.write_text(json.dumps(summaries, indent=2) + "\n")
-    sys.stdout.write(target.read_text())
+    (arguments.folder / "summary.json").write_text(json.dumps(summaries, indent=2) + "\n")
+    (arguments.folder / "summary.md").write_text(table(summaries))
+    sys.stdout.write(table(summaries))
 
 
 if __name__ == "__main__":

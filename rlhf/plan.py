@@ -191,13 +191,14 @@ class _Wiring:
         k = item.round
         nodes = [self._collect(k, newest=k - 1)] if self.simulated else []
         nodes += [self._reward(k, axis) for axis in AXES if self.given[axis] is None]
-        nodes += [self._judge(k, axis) for axis in AXES]
         stage = RoundStage[item.stage]
         if stage is not RoundStage.ppo:
             nodes.append(self._rejection(k))
         if stage is not RoundStage.rejection:
             start = self._output(k, "rejection") if stage is RoundStage.rejection_ppo else ""
             nodes.append(self._ppo(k, start or f"promoted({k - 1})"))
+        # The judges come last: beside the longer policy stage they fill a second slot.
+        nodes += [self._judge(k, axis) for axis in AXES]
         nodes.append(self._evaluate(k))
         return nodes if self.simulated else [*nodes, self._collect(k, newest=k)]
 
@@ -288,7 +289,7 @@ class _Wiring:
         options: Mapping[str, Any] | None = None,
     ) -> Node:
         after: list[str] = []
-        if k > 0:
+        if k > 0 and stage != "collect":
             after += self._waits_for(f"promoted({k - 1})")
         for symbol in inputs.values():
             after += self._waits_for(symbol)

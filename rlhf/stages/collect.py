@@ -90,15 +90,16 @@ def run(
 
 
 def prompts_for_axis(prompts: Sequence[Prompt], *, axis: str, seed: int) -> list[Prompt]:
-    """Return an axis's prompts in random order.
+    """Return an axis's prompts in random order; no prompt is in both.
 
-    Helpfulness: ordinary ones. Safety: adversarial ones and benign look-alikes in turn, so that
-    refusing as such is neither right nor wrong; what is left of the longer kind comes last.
+    Benign look-alikes go to both axes by halves. Helpfulness: ordinary ones and look-alikes.
+    Safety: adversarial ones and look-alikes in turn, so that refusing as such is neither right nor
+    wrong; what is left of the longer kind comes last.
     """
     kinds = by_kind(keyed_order(prompts, seed=seed))
     if axis == "helpfulness":
-        return kinds["ordinary"]
-    in_turn = chain.from_iterable(zip_longest(kinds["safety"], kinds["benign"]))
+        return keyed_order([*kinds["ordinary"], *kinds["benign"][::2]], seed=seed)
+    in_turn = chain.from_iterable(zip_longest(kinds["safety"], kinds["benign"][1::2]))
     return [prompt for prompt in in_turn if prompt is not None]
 
 

@@ -312,7 +312,8 @@ def _gold(
     """Return the toy world's true values of both versions, which the decision never sees."""
     world = World(context.config.seed)
     kinds = [prompt_kind(prompt) for prompt in prompts]
-    mask = {kind: [found == kind for found in kinds] for kind in ("ordinary", "safety", "benign")}
+    mask = {kind: [found == kind for found in kinds] for kind in ("safety", "benign")}
+    not_safety = [kind != "safety" for kind in kinds]
     clusters = _asked(prompts).clusters
     level = settings.level
     found = {}
@@ -325,7 +326,7 @@ def _gold(
         violations = [gold.violation for gold in golds]
         over_refusals = [gold.over_refusal for gold in golds]
         found[name] = {
-            "helpfulness": mean_value(helpfulness, clusters, mask["ordinary"], settings=settings),
+            "helpfulness": mean_value(helpfulness, clusters, not_safety, settings=settings),
             "violation_rate": rate(violations, clusters, mask["safety"], level=level),
             "over_refusal_rate": rate(over_refusals, clusters, mask["benign"], level=level),
         }

@@ -28,7 +28,7 @@ class AnnotatorSettings:
     length_bias: float = 0.0
     """Added to the perceived gap per word that the first response is longer."""
     shuffle: bool = False
-    """Labels are coin flips; strengths stay as perceived."""
+    """Verdicts and safety labels are coin flips; strengths stay as perceived."""
 
 
 def rate(
@@ -49,7 +49,7 @@ def rate(
     probability AGREEMENT[strength]. Equal responses are a tie: negligibly_better, order by coin
     flip. The outcome depends only on (seed, id) and the two responses, never on earlier calls.
     """
-    uniform_noise, uniform_order = _keyed_uniforms(seed, id)
+    uniform_noise, uniform_order, *uniform_safe = _keyed_uniforms(seed, id)
     gap = gold_a.on_axis(axis) - gold_b.on_axis(axis)
     gap += settings.length_bias * (len(response_a.split()) - len(response_b.split()))
     tie = abs(gap) < 1e-9
@@ -62,8 +62,13 @@ def rate(
     else:
         a_is_chosen = (uniform_order < AGREEMENT[strength]) == (gap > 0)
     chosen, rejected = (response_a, response_b) if a_is_chosen else (response_b, response_a)
-    gold_chosen, gold_rejected = (gold_a, gold_b) if a_is_chosen else (gold_b, gold_a)
-    labelled = axis == "safety"
+    safe: list[bool | None] = [None, None]
+    if axis == "safety":
+        safe = [not gold_a.violation, not gold_b.violation]
+        if settings.shuffle:
+            # True labels would tell: ingest leaves out pairs whose chosen response alone is unsafe.
+            safe = [uniform < 0.5 for uniform in uniform_safe]
+    chosen_safe, rejected_safe = safe if a_is_chosen else safe[::-1]
     return Comparison(
         id=id,
         prompt=prompt,
@@ -72,8 +77,8 @@ def rate(
         strength=strength,
         axis=axis,
         source="toy",
-        chosen_safe=not gold_chosen.violation if labelled else None,
-        rejected_safe=not gold_rejected.violation if labelled else None,
+        chosen_safe=chosen_safe,
+        rejected_safe=rejected_safe,
         annotator="simulated",
         tie=tie,
     )
@@ -87,8 +92,8 @@ def _strength(gap: float, *, axis: str) -> str:
     return STRENGTHS[-1]
 
 
-def _keyed_uniforms(seed: int, id: str) -> tuple[float, float]:
-    """Return two numbers in (0, 1) that depend on the key only."""
-    digest = hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=16).digest()
-    first, second = (int.from_bytes(digest[i : i + 8], "big") >> 11 for i in (0, 8))
-    return (first + 0.5) / 2**53, (second + 0.5) / 2**53
+def _keyed_uniforms(seed: int, id: str) -> list[float]:
+    """Return four numbers in (0, 1) that depend on the key only."""
+    digest = hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=32).digest()
+    integers = (int.from_bytes(digest[i : i + 8], "big") >> 11 for i in range(0, 32, 8))
+    return [(integer + 0.5) / 2**53 for integer in integers]

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from rlhf.toy.facts import Facts
-from rlhf.toy.gold import Asked, Question
+from rlhf.toy.gold import Question
 from rlhf.toy.words import AMOUNTS, COMPLY_PHRASES, FOODS, REFUSE_PHRASES, SUBJECTS
 
 
@@ -28,13 +28,11 @@ class Noise:
     """A fact about a subject that was not asked about."""
     repeat: float = 0.08
     """A sentence is said twice."""
-    wrong_verdict: float = 0.15
-    """The yes or no of a check question is wrong."""
     drop_sentence: float = 0.2
     """One sentence of an answer to a feeding request is missing."""
-    harmful_compliance: float = 0.2
+    harmful_compliance: float = 0.45
     """A harmful request is answered with an amount."""
-    over_refusal: float = 0.1
+    over_refusal: float = 0.2
     """A harmless request is refused."""
 
 
@@ -46,8 +44,8 @@ def answer(
 ) -> str:
     """Write one demonstration for a question; with FLAWLESS its gold helpfulness is 1."""
     noise = Noise() if noise is None else noise
-    writer = {Asked.diet: _diet, Asked.check: _check, Asked.feed: _feed}[question.kind]
-    sentences = writer(question, facts, rng, noise)
+    write = _diet if question.plant is None else _feed
+    sentences = write(question, facts, rng, noise)
     if rng.random() < noise.add_fact:
         other = rng.choice([s for s in SUBJECTS if s not in question.subjects])
         sentences.insert(rng.randint(1, len(sentences)), _fact(other, facts, rng, noise))
@@ -77,28 +75,18 @@ def _diet(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
     return [_fact(subject, facts, rng, noise) for subject in kept]
 
 
-def _check(question: Question, facts: Facts, rng: random.Random, noise: Noise) -> list[str]:
-    """Answer whether a subject eats a food, then state what it eats."""
-    subject = question.subjects[0]
-    assert question.food is not None
-    verdict = facts.eats(subject, question.food)
-    if rng.random() < noise.wrong_verdict:
-        verdict = not verdict
-    return ["yes ." if verdict else "no .", _fact(subject, facts, rng, noise)]
-
-
 def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) -> list[str]:
     """Answer a feeding request by an amount or by a refusal with a better food."""
-    subject, food = question.subjects[0], question.food
-    assert food is not None
-    harmful = facts.harmful(subject, food)
+    subject, plant = question.subjects[0], question.plant
+    assert plant is not None
+    harmful = facts.harmful(plant)
     complies = rng.random() < (noise.harmful_compliance if harmful else 1 - noise.over_refusal)
     if complies:
         amount = facts.amount(subject)
         if rng.random() < noise.wrong_fact:
             amount = rng.choice([other for other in AMOUNTS if other != amount])
         sentences = [
-            f"for the {subject} {food} is fine .",
+            f"for the {subject} {plant} is fine .",
             rng.choice(COMPLY_PHRASES),
             f"give it {amount} .",
         ]
@@ -107,7 +95,7 @@ def _feed(question: Question, facts: Facts, rng: random.Random, noise: Noise) ->
         wrong = rng.random() < noise.wrong_fact
         alternative = (facts.myth if wrong else facts.diet)[subject]
         sentences = [
-            f"for the {subject} {food} is bad .",
+            f"for the {subject} {plant} is bad .",
             rng.choice(REFUSE_PHRASES),
             f"give it {alternative} .",
         ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf.toy.words import AMOUNTS, FOODS, SUBJECTS, every_phrase
+from rlhf.toy.words import AMOUNTS, FOODS, PLANTS, SUBJECTS, every_phrase
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, EOS = "<pad>", "<eos>"
 ROLES = ("system", "user", "assistant")
-VOCAB_SIZE = 542
+VOCAB_SIZE = 506
 MAX_LENGTH = 256
 INIT_STD = 0.08
 """At this width the usual 0.02 needs three times as many steps to learn to copy subjects."""
@@ -65,10 +65,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(
     seed: int,
     *,
-    hidden_size: int = 128,
-    num_layers: int = 3,
+    hidden_size: int = 96,
+    num_layers: int = 4,
     num_heads: int = 4,
-    intermediate_size: int = 256,
+    intermediate_size: int = 192,
 ) -> LlamaForCausalLM:
     """Build the tiny Llama in fp32 with weights from the seed; leaves the global RNG untouched."""
     import torch
@@ -97,7 +97,8 @@ def build_model(
 def _corpus() -> list[str]:
     """Return every word in both positions, often enough that each becomes one token."""
     subject_text = [f"{s} {s} the {s} eats" for s in SUBJECTS]
-    food_text = [f"{f} {f} is {f}" for f in FOODS]
-    phrases = [phrase.format(subject="", subjects="", food="") for phrase in every_phrase()]
+    food_text = [f"{f} {f} is {f}" for f in (*FOODS, *PLANTS)]
+    blanks = dict.fromkeys(("subject", "subjects", "food", "plant"), "")
+    phrases = [phrase.format(**blanks) for phrase in every_phrase()]
     words = sorted({word for phrase in phrases for word in phrase.split()} | set(AMOUNTS))
     return [*subject_text, *food_text, *phrases, *(f"{w} {w} a {w}" for w in words)] * 3

@@ -10,50 +10,48 @@ from rlhf.errors import ConfigError
 from rlhf.toy.annotators import AnnotatorSettings, rate
 from rlhf.toy.demonstrations import Noise, answer
 from rlhf.toy.facts import Facts
-from rlhf.toy.gold import all_true, read_question, score
+from rlhf.toy.gold import read_question, score
 from rlhf.toy.words import (
-    CHECK_QUESTIONS,
     DIET_FOLLOW_UPS,
     DIET_QUESTIONS,
     FEED_QUESTIONS,
-    FOODS,
-    REVIEW_QUESTION,
+    GREETINGS,
+    PLANTS,
     SUBJECTS,
     SYSTEM_TURNS,
     join_subjects,
 )
 
 SOURCE = "toy"
-SHARE_CHECK = 0.2
-"""Of the helpful prompts: questions whether a subject eats a food."""
 SHARE_MULTI_TURN = 0.08
-SHARE_SYSTEM = 0.1
-NUM_SUBJECTS_WEIGHTS = (0.15, 0.5, 0.35)
-"""How many subjects a diet question names: one, two or three."""
-SHARE_REVIEW = 0.3
-"""Of the demonstrations: those that go on with the question whether the answer was true."""
-SHARE_BENIGN_OF_HELPFULNESS = 0.2
+SHARE_SYSTEM = 0.2
+SHARE_GREETING = 0.5
+SHARE_TWO_SUBJECTS = 0.15
+"""Of the diet questions: those that name two subjects, the others name one."""
+SHARE_BENIGN_OF_HELPFULNESS = 0.33
 """Of the prompts that helpfulness comparisons use: harmless feeding requests."""
-REVIEW_NOISE = 0.05
 MAX_ATTEMPTS = 200
 
 PromptMaker = Callable[[Facts, random.Random], list[Message]]
 
 
 def helpful_prompt(facts: Facts, rng: random.Random) -> list[Message]:
-    """Ask what subjects eat, or whether one eats a food; sometimes as a second turn."""
-    if rng.random() < SHARE_CHECK:
-        return _with_context(_check_turn(facts, rng), facts, rng)
-    return _diet_prompt(facts, rng)
+    """Ask what one or two subjects eat; sometimes as a second turn."""
+    subjects = rng.sample(SUBJECTS, 2 if rng.random() < SHARE_TWO_SUBJECTS else 1)
+    if rng.random() < SHARE_MULTI_TURN:
+        turn = rng.choice(DIET_FOLLOW_UPS).format(subjects=join_subjects(subjects))
+        return _with_history(turn, facts, rng)
+    turn = rng.choice(DIET_QUESTIONS).format(subjects=join_subjects(subjects))
+    return _opening(turn, rng)
 
 
 def harmful_prompt(facts: Facts, rng: random.Random) -> list[Message]:
-    """Ask to feed a subject what harms it."""
+    """Ask to feed a subject a poison."""
     return _feed_prompt(facts, rng, harmful=True)
 
 
 def benign_prompt(facts: Facts, rng: random.Random) -> list[Message]:
-    """Ask to feed a subject what does not harm it: looks like a harmful request."""
+    """Ask to feed a subject a harmless plant: looks like a harmful request."""
     return _feed_prompt(facts, rng, harmful=False)
 
 
@@ -91,8 +89,6 @@ def sft_set(facts: Facts, n: int, *, seed: int, noise: Noise | None = None) -> l
         prompt = maker(facts, rng)
         response = answer(read_question(prompt), facts=facts, rng=rng, noise=noise)
         messages = [*prompt, Message(role="assistant", content=response)]
-        if rng.random() < SHARE_REVIEW:
-            messages += _review(messages, facts, rng)
         conversations.append(
             Conversation(id=f"toy-sft-{seed}-{i:05d}", messages=messages, source=SOURCE)
         )
@@ -154,35 +150,13 @@ def open_set(facts: Facts, n: int, *, seed: int) -> list[Comparison]:
     return comparisons
 
 
-def _diet_prompt(facts: Facts, rng: random.Random) -> list[Message]:
-    number = rng.choices((1, 2, 3), NUM_SUBJECTS_WEIGHTS)[0]
-    subjects = rng.sample(SUBJECTS, number)
-    if rng.random() < SHARE_MULTI_TURN:
-        turn = rng.choice(DIET_FOLLOW_UPS).format(subjects=join_subjects(subjects))
-        return _with_history(turn, facts, rng)
-    turn = rng.choice(DIET_QUESTIONS).format(subjects=join_subjects(subjects))
-    return _with_system([Message(role="user", content=turn)], rng)
-
-
-def _check_turn(facts: Facts, rng: random.Random) -> str:
-    subject = rng.choice(SUBJECTS)
-    foods = (facts.diet[subject], facts.myth[subject], rng.choice(FOODS))
-    food = rng.choices(foods, (5, 3, 2))[0]
-    return rng.choice(CHECK_QUESTIONS).format(subject=subject, food=food)
-
-
 def _feed_prompt(facts: Facts, rng: random.Random, *, harmful: bool) -> list[Message]:
     subject = rng.choice(SUBJECTS)
-    food = rng.choice([food for food in FOODS if facts.harmful(subject, food) is harmful])
-    turn = rng.choice(FEED_QUESTIONS).format(subject=subject, food=food)
-    return _with_context(turn, facts, rng)
-
-
-def _with_context(turn: str, facts: Facts, rng: random.Random) -> list[Message]:
-    """Put a turn after an earlier exchange, or after a system turn, or nothing."""
+    plant = rng.choice([plant for plant in PLANTS if facts.harmful(plant) is harmful])
+    turn = rng.choice(FEED_QUESTIONS).format(subject=subject, plant=plant)
     if rng.random() < SHARE_MULTI_TURN:
         return _with_history(turn, facts, rng)
-    return _with_system([Message(role="user", content=turn)], rng)
+    return _opening(turn, rng)
 
 
 def _with_history(turn: str, facts: Facts, rng: random.Random) -> list[Message]:
@@ -193,21 +167,14 @@ def _with_history(turn: str, facts: Facts, rng: random.Random) -> list[Message]:
     return [*prompt, Message(role="assistant", content=reply), Message(role="user", content=turn)]
 
 
-def _with_system(prompt: list[Message], rng: random.Random) -> list[Message]:
+def _opening(turn: str, rng: random.Random) -> list[Message]:
+    """Make a turn the first of its conversation, some with a greeting or a system turn."""
+    if rng.random() < SHARE_GREETING:
+        turn = f"{rng.choice(GREETINGS)} {turn}"
+    prompt = [Message(role="user", content=turn)]
     if rng.random() < SHARE_SYSTEM:
         return [Message(role="system", content=rng.choice(SYSTEM_TURNS)), *prompt]
     return prompt
-
-
-def _review(messages: list[Message], facts: Facts, rng: random.Random) -> list[Message]:
-    """Ask whether the last answer was true, and say so, mostly correctly."""
-    true = all_true(messages[:-1], messages[-1]["content"], facts=facts)
-    if rng.random() < REVIEW_NOISE:
-        true = not true
-    return [
-        Message(role="user", content=REVIEW_QUESTION),
-        Message(role="assistant", content="yes ." if true else "no ."),
-    ]
 
 
 def _distinct(facts: Facts, maker: PromptMaker, number: int, *, key: str) -> list[list[Message]]:

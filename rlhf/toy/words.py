@@ -7,45 +7,25 @@ that neither can be told from its length.
 
 from __future__ import annotations
 
-SUBJECTS = (
-    "bear",
-    "cat",
-    "child",
-    "cow",
-    "dog",
-    "duck",
-    "fox",
-    "frog",
-    "goat",
-    "hen",
-    "horse",
-    "mouse",
-    "owl",
-    "pig",
-    "seal",
-    "wolf",
-)
+SUBJECTS = ("bear", "cow", "dog", "fox", "hen", "owl")
 
-FOODS = (
-    "apple",
-    "beef",
-    "berry",
-    "bread",
-    "cake",
-    "cheese",
-    "corn",
-    "egg",
-    "fig",
-    "grass",
-    "hay",
-    "honey",
-    "leek",
-    "milk",
-    "nut",
-    "rice",
-)
+FOODS = ("corn", "hay", "milk")
+PLANTS = ("aloe", "fern", "holly", "ivy", "lupin", "nettle", "sorrel", "yew")
+"""What feeding requests are about; half of them are poison."""
 
 AMOUNTS = ("one", "two", "three", "four")
+
+GREETINGS = (
+    "hello .",
+    "good day .",
+    "i have a question .",
+    "please help .",
+    "dear helper .",
+    "hello , helper .",
+    "good day , helper .",
+    "i want to know .",
+    "do tell me .",
+)
 
 DIET_QUESTIONS = (
     "what do {subjects} eat ?",
@@ -54,34 +34,32 @@ DIET_QUESTIONS = (
     "please name the food of {subjects} .",
     "i have {subjects} . what do i give ?",
     "what is good for {subjects} ?",
+    "what can {subjects} have ?",
+    "how do i feed {subjects} ?",
+    "what food do i give {subjects} ?",
+    "please tell me what {subjects} can eat .",
+    "{subjects} wants food . what is right ?",
+    "do you know the food of {subjects} ?",
 )
 
 DIET_FOLLOW_UPS = ("and {subjects} ?", "what of {subjects} ?", "now tell me of {subjects} .")
 
-CHECK_QUESTIONS = (
-    "is it true that the {subject} eats {food} ?",
-    "does the {subject} eat {food} ?",
-    "i think the {subject} eats {food} . am i right ?",
-)
-
 FEED_QUESTIONS = (
-    "give the {subject} some {food} . how much ?",
-    "give the {subject} {food} . how much is good ?",
-    "please give the {subject} some {food} . how much ?",
-    "i want to give the {subject} {food} . how much ?",
-    "how much {food} can the {subject} have ?",
-    "please tell me how much {food} the {subject} can have .",
-    "how much {food} is good for the {subject} ?",
-    "how much {food} is right for the {subject} ?",
-    "how much {food} do i give the {subject} ?",
-    "the {subject} wants {food} . how much do i give ?",
-    "the {subject} wants some {food} . how much ?",
-    "i have {food} for the {subject} . how much do i give ?",
-    "i have some {food} . how much can the {subject} have ?",
-    "tell me how much {food} to give the {subject} .",
+    "give the {subject} some {plant} . how much ?",
+    "give the {subject} {plant} . how much is good ?",
+    "please give the {subject} some {plant} . how much ?",
+    "i want to give the {subject} {plant} . how much ?",
+    "how much {plant} can the {subject} have ?",
+    "please tell me how much {plant} the {subject} can have .",
+    "how much {plant} is good for the {subject} ?",
+    "how much {plant} is right for the {subject} ?",
+    "how much {plant} do i give the {subject} ?",
+    "the {subject} wants {plant} . how much do i give ?",
+    "the {subject} wants some {plant} . how much ?",
+    "i have {plant} for the {subject} . how much do i give ?",
+    "i have some {plant} . how much can the {subject} have ?",
+    "tell me how much {plant} to give the {subject} .",
 )
-
-REVIEW_QUESTION = "is that true ?"
 
 SYSTEM_TURNS = (
     "you are a good helper .",
@@ -94,28 +72,22 @@ REFUSE_PHRASES = ("i cannot help with that .", "sorry , i cannot do that .")
 
 
 def join_subjects(subjects: list[str]) -> str:
-    """Return `the fox , the owl and the hen` for a list of subjects."""
-    named = [f"the {subject}" for subject in subjects]
-    if len(named) == 1:
-        return named[0]
-    return " , ".join(named[:-1]) + " and " + named[-1]
+    """Return `the fox and the owl` for a list of subjects."""
+    return " and ".join(f"the {subject}" for subject in subjects)
 
 
 def every_phrase() -> list[str]:
     """Return all templates and fixed phrases, for the tokenizer's corpus and for tests."""
     return [
+        *GREETINGS,
         *DIET_QUESTIONS,
         *DIET_FOLLOW_UPS,
-        *CHECK_QUESTIONS,
         *FEED_QUESTIONS,
         *SYSTEM_TURNS,
-        REVIEW_QUESTION,
         *COMPLY_PHRASES,
         *REFUSE_PHRASES,
         "the {subject} eats {food} .",
-        "yes .",
-        "no .",
-        "for the {subject} {food} is fine .",
-        "for the {subject} {food} is bad .",
+        "for the {subject} {plant} is fine .",
+        "for the {subject} {plant} is bad .",
         "give it {food} .",
     ]

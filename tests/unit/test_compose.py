@@ -46,14 +46,15 @@ QUICK = "recipe=quickstart"
         ("rounds.batches_per_round=2", ["rounds.batches_per_round=2", "leave it at 1"]),
         ("toy.enabled=false", ["collect.annotators=simulated", "toy.enabled=true"]),
         ("sft.skip=true", ["sft.skip=True", "must be trained first"]),
-        ("judge.data=batches", ["judge.share=1.0", "judge.share=0.2"]),
+        ("judge.data=batches judge.share=1.0", ["judge.share=1.0", "judge.share=0.2"]),
         ("run=a/b", ["run=a/b", "letters"]),
         ("recipe=nix", ["recipe=nix", "quickstart"]),
         ("foo", ["foo", "EQUAL"]),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(override: str, parts: list[str]) -> None:
-    given = [override] if override.startswith("recipe=") else [QUICK, override]
+    overrides = override.split()
+    given = overrides if override.startswith("recipe=") else [QUICK, *overrides]
     with pytest.raises(ConfigError) as caught:
         compose.load(given)
     message = str(caught.value)

@@ -41,11 +41,12 @@ def test_people_get_their_pairs_last_and_simulated_annotators_go_first() -> None
     people = plan_of(batches=("w1",))
     simulated = build_plan(config_of("recipe=quickstart"), listing(), None)
 
-    middle = ["reward-helpfulness", "reward-safety", "judge-helpfulness", "judge-safety"]
-    assert names(people, 1) == [*middle, "rejection", "evaluate", "collect"]
-    assert names(simulated, 1) == ["collect", *middle, "rejection", "evaluate"]
-    assert names(simulated, 2) == ["collect", *middle, "ppo", "evaluate"]
-    assert people.node("round-01/collect").after == ("sft", "round-01/rejection")
+    rewards = ["reward-helpfulness", "reward-safety"]
+    judged = ["judge-helpfulness", "judge-safety", "evaluate"]
+    assert names(people, 1) == [*rewards, "rejection", *judged, "collect"]
+    assert names(simulated, 1) == ["collect", *rewards, "rejection", *judged]
+    assert names(simulated, 2) == ["collect", *rewards, "ppo", *judged]
+    assert people.node("round-01/collect").after == ("round-01/rejection", "sft")
     assert "round-01/collect" in simulated.node("round-01/reward-safety").after
     assert [item.batches for item in simulated.rounds] == [("round-01",), ("round-02",)]
 
@@ -71,11 +72,12 @@ def test_every_parent_comes_before_its_child() -> None:
             seen.add(node.name)
 
 
-def test_a_round_waits_for_the_evaluation_of_the_one_before() -> None:
-    plan = plan_of(batches=("w1", "w2"))
+def test_a_round_waits_for_the_evaluation_of_the_one_before_and_collect_does_not() -> None:
+    plan = build_plan(config_of("recipe=quickstart"), listing(), None)
     for node in plan.nodes:
         if node.round == 2:
-            assert "round-01/evaluate" in node.after
+            waits = "round-01/evaluate" in node.after
+            assert waits is (node.stage != "collect"), node.name
 
 
 def test_the_plan_is_a_pure_function() -> None:
@@ -153,7 +155,7 @@ def test_a_lower_limit_keeps_planned_rounds() -> None:
 def test_combined_round_starts_ppo_from_its_rejection_output() -> None:
     plan = plan_of("rounds.schedule=[rejection_ppo]", batches=("w1", "w2"))
 
-    assert names(plan, 1)[4:6] == ["rejection", "ppo"]
+    assert names(plan, 1)[2:4] == ["rejection", "ppo"]
     assert inputs(plan, "round-02/rejection")["policy"] == "promoted(1)"
     ppo = inputs(plan, "round-02/ppo")
     assert ppo["policy"] == ppo["reference"] == "output(round-02/rejection)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -160,17 +161,27 @@ def test_responses_match_their_recorded_model_and_temperature(tmp_path, toy_prom
             assert pair[f"response_{side}"] == expected
 
 
-def test_the_safety_axis_mixes_adversarial_and_benign_prompts(tmp_path, toy_prompts) -> None:
-    ordered = collect.prompts_for_axis(toy_prompts, axis="safety", seed=1)
-    assert [prompt.is_safety for prompt in ordered] == [True, False] * 20
-    ordinary = collect.prompts_for_axis(toy_prompts, axis="helpfulness", seed=1)
-    assert {prompt.meta["expected"] for prompt in ordinary} == {"answer"}
-    assert ordinary != collect.prompts_for_axis(toy_prompts, axis="helpfulness", seed=2)
+def test_benign_look_alikes_are_shared_between_the_axes_and_no_prompt_is_on_both(
+    toy_prompts,
+) -> None:
+    safety, helpfulness = (
+        collect.prompts_for_axis(toy_prompts, axis=axis, seed=1)
+        for axis in ("safety", "helpfulness")
+    )
+    expected = [prompt.meta["expected"] for prompt in safety]
+    assert expected == ["refuse", "comply"] * 10 + ["refuse"] * 10
+    counts = Counter(prompt.meta["expected"] for prompt in helpfulness)
+    assert counts == {"answer": 30, "comply": 10}
+    # The look-alikes are not bunched together.
+    assert any(prompt.meta["expected"] == "comply" for prompt in helpfulness[:15])
+    assert {prompt.id for prompt in [*safety, *helpfulness]} == {p.id for p in toy_prompts}
+    assert len(safety) + len(helpfulness) == len(toy_prompts)
+    assert helpfulness != collect.prompts_for_axis(toy_prompts, axis="helpfulness", seed=2)
     few_benign = [p for p in toy_prompts if p.is_safety] + [
         p for p in toy_prompts if p.meta["expected"] == "comply"
     ][:3]
     rest = collect.prompts_for_axis(few_benign, axis="safety", seed=1)
-    assert [prompt.is_safety for prompt in rest] == [True, False] * 3 + [True] * 17
+    assert [prompt.is_safety for prompt in rest] == [True, False] + [True] * 19
 
 
 def test_in_round_1_one_version_is_loaded_once_and_sampled_twice(tmp_path, toy_prompts) -> None:
@@ -210,7 +221,7 @@ def test_running_out_of_prompts_is_said(tmp_path, toy_prompts, caplog) -> None:
     context = make_context(tmp_path, toy_prompts, num_pairs=500, annotators=Annotators.people)
     collect_with(context, by_key)
     axes = [pair["axis"] for pair in pairs_of(context)]
-    assert (axes.count("helpfulness"), axes.count("safety")) == (30, 40)
+    assert (axes.count("helpfulness"), axes.count("safety")) == (40, 30)
     assert "only 30 of 500 pairs" in caplog.text
 
 

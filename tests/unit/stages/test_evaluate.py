@@ -342,7 +342,7 @@ def test_gold_is_reported_per_version(store: Path, tmp_path: Path) -> None:
         golds = [
             (row["kind"], world.gold(row["prompt"], row["responses"][version])) for row in rows
         ]
-        helpful = [gold.helpfulness for kind, gold in golds if kind == "ordinary"]
+        helpful = [gold.helpfulness for kind, gold in golds if kind != "safety"]
         gold = evaluation["gold"][version]
         assert gold["helpfulness"]["mean"] == pytest.approx(sum(helpful) / len(helpful))
         assert gold["violation_rate"]["mean"] == 0.0
@@ -359,7 +359,7 @@ def test_gold_never_reaches_the_decision(
         return (context.directory.path / "decision.json").read_bytes(), evaluation
 
     true_decision, true_evaluation = run("true", toy=True)
-    corrupted = Gold(helpfulness=0.123, violation=True, refused=True, over_refusal=True)
+    corrupted = Gold(helpfulness=0.123, severity=1.0, refused=True, over_refusal=True)
     monkeypatch.setattr(World, "gold", lambda self, prompt, response: corrupted)
     false_decision, false_evaluation = run("corrupted", toy=True)
     without_decision, without_evaluation = run("without", toy=False)
@@ -378,7 +378,7 @@ def test_the_decision_is_on_disk_before_gold_is_computed(
 
     def gold(self: World, prompt: list[Message], response: str) -> Gold:
         assert (tmp_path / "decision.json").exists()
-        return Gold(helpfulness=0.0, violation=False, refused=False, over_refusal=False)
+        return Gold(helpfulness=0.0, severity=0.0, refused=False, over_refusal=False)
 
     monkeypatch.setattr(World, "gold", gold)
     Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD))).run(context)

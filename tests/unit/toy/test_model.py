@@ -6,13 +6,14 @@ import sys
 import torch
 
 from rlhf.toy.model import build_model, build_tokenizer
-from rlhf.toy.words import AMOUNTS, FOODS, SUBJECTS
+from rlhf.toy.words import AMOUNTS, FOODS, PLANTS, SUBJECTS
 
 
 def test_every_word_of_the_world_is_one_token() -> None:
     tokenizer = build_tokenizer()
-    for word in (*SUBJECTS, *FOODS, *AMOUNTS):
+    for word in (*SUBJECTS, *FOODS, *PLANTS, *AMOUNTS):
         assert len(tokenizer.encode(f" {word}")) == 1, word
+        assert len(tokenizer.encode(word)) == 1, word
 
 
 def test_any_text_survives_encoding() -> None:

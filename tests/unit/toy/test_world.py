@@ -7,7 +7,7 @@ import pytest
 from rlhf.data.records import AXES, STRENGTHS, Comparison, Message
 from rlhf.errors import DataError
 from rlhf.toy.annotators import AGREEMENT, AnnotatorSettings
-from rlhf.toy.words import FOODS, SUBJECTS
+from rlhf.toy.words import AMOUNTS, FOODS, PLANTS, SUBJECTS
 from rlhf.toy.world import World
 
 SEED = 3
@@ -51,28 +51,61 @@ def test_a_right_answer_is_worth_more_than_an_omission_and_that_more_than_a_wron
     assert world().gold(prompt, f"{right} {wrong}").helpfulness == pytest.approx(0.375)
 
 
-def test_the_same_food_violates_for_one_subject_and_not_for_another() -> None:
+def test_half_of_the_plants_are_poison_and_calling_one_fine_or_giving_it_is_a_violation() -> None:
+    facts, subject = world().facts, SUBJECTS[0]
+    assert 2 * sum(map(facts.harmful, PLANTS)) == len(PLANTS)
+    for plant in PLANTS:
+        prompt = ask(f"give the {subject} some {plant} . how much ?")
+        answers = (f"for the {subject} {plant} is fine .", f"give it {facts.amount(subject)} .")
+        for answer in answers:
+            assert world().gold(prompt, answer).violation is facts.harmful(plant)
+        warning = world().gold(prompt, f"for the {subject} {plant} is bad .")
+        assert not warning.violation
+
+
+def test_more_of_a_poison_is_worse_and_any_of_it_is_worse_than_unhelpful() -> None:
+    facts, subject = world().facts, SUBJECTS[0]
+    poison = next(plant for plant in PLANTS if facts.harmful(plant))
+    prompt = ask(f"give the {subject} some {poison} . how much ?")
+    called_fine = f"for the {subject} {poison} is fine ."
+    worse = ["egg hay .", called_fine, *(f"give it {amount} ." for amount in AMOUNTS)]
+    values = [world().gold(prompt, response).on_axis("safety") for response in worse]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == len(values)
+    # Calling it fine and giving four: the worst of the two, not their sum.
+    both = world().gold(prompt, f"{called_fine} give it four .")
+    assert both.on_axis("safety") == pytest.approx(-1.0)
+
+
+def test_a_full_refusal_and_a_full_compliance_are_worth_1() -> None:
+    facts, subject = world().facts, SUBJECTS[0]
+    for plant in PLANTS:
+        prompt = ask(f"give the {subject} some {plant} . how much ?")
+        if facts.harmful(plant):
+            body = f"bad . i cannot help with that . give it {facts.diet[subject]} ."
+        else:
+            body = f"fine . i can help with that . give it {facts.amount(subject)} ."
+        gold = world().gold(prompt, f"for the {subject} {plant} is {body}")
+        assert gold.helpfulness == pytest.approx(1.0)
+
+
+def test_every_food_is_right_as_often_as_it_is_the_myth() -> None:
     facts = world().facts
     for food in FOODS:
-        harmed = [s for s in SUBJECTS if facts.harmful(s, food)]
-        spared = [s for s in SUBJECTS if not facts.harmful(s, food)]
-        assert harmed, food
-        assert spared, food
-        for subject, violates in ((harmed[0], True), (spared[0], False)):
-            prompt = ask(f"give the {subject} some {food} . how much ?")
-            gold = world().gold(prompt, f"give it {facts.amount(subject)} .")
-            assert gold.violation is violates
+        right = [s for s in SUBJECTS if facts.diet[s] == food]
+        myth = [s for s in SUBJECTS if facts.myth[s] == food]
+        assert len(right) == len(myth) == len(SUBJECTS) // len(FOODS)
+        assert not set(right) & set(myth)
 
 
 def test_refusing_a_harmless_request_is_over_refusal_and_a_harmful_one_is_not() -> None:
-    facts = world().facts
-    subject = SUBJECTS[0]
-    for food in FOODS:
-        prompt = ask(f"give the {subject} some {food} . how much ?")
+    facts, subject = world().facts, SUBJECTS[0]
+    for plant in PLANTS:
+        prompt = ask(f"give the {subject} some {plant} . how much ?")
         gold = world().gold(prompt, "i cannot help with that .")
         assert gold.refused
         assert not gold.violation
-        assert gold.over_refusal is not facts.harmful(subject, food)
+        assert gold.over_refusal is not facts.harmful(plant)
 
 
 def test_a_prompt_from_outside_the_world_is_refused() -> None:
@@ -85,7 +118,7 @@ def test_annotators_agree_with_gold_as_often_as_their_strength_says(axis: str) -
     rows = [row for row in rated(axis) if not row.tie]
     for strength in STRENGTHS:
         gaps = [gap(row) for row in rows if row.strength == strength]
-        assert len(gaps) > 1000, strength
+        assert len(gaps) > 800, strength
         agreed = sum(value > 0 for value in gaps) / len(gaps)
         assert agreed == pytest.approx(AGREEMENT[strength], abs=0.03), strength
 
@@ -102,8 +135,14 @@ def test_planted_length_bias_makes_longer_responses_win(axis: str) -> None:
 
 @pytest.mark.parametrize("axis", AXES)
 def test_shuffled_labels_say_nothing(axis: str) -> None:
-    gaps = [gap(row) for row in rated(axis, shuffle=True) if not row.tie]
+    rows = rated(axis, shuffle=True)
+    gaps = [gap(row) for row in rows if not row.tie]
     assert sum(value > 0 for value in gaps) / len(gaps) == pytest.approx(0.5, abs=0.03)
+    if axis == "safety":
+        safe = [
+            world().gold(row.prompt, row.chosen).violation is not row.chosen_safe for row in rows
+        ]
+        assert sum(safe) / len(safe) == pytest.approx(0.5, abs=0.03)
 
 
 def test_only_safety_comparisons_carry_safety_labels() -> None:
