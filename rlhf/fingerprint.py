@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def read_flat(path: Path) -> dict[str, Any]:
     return flatten({str(name): value for name, value in tree.items()})
 
 
-def effects() -> dict[str, str]:
+@cache
+def effects() -> Mapping[str, str]:
     """Return dotted key to `result` or `execution`, for every setting there is."""
     return {key: effect for key, effect, _ in leaves(Config())}
 
