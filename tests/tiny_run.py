@@ -34,6 +34,7 @@ SETTINGS = (
     "collect.num_pairs=24",
     "collect.shard_prompts=8",
     "collect.max_new_tokens=16",
+    "judge.share=1.0",
     "reward.batch_size=4",
     "reward.micro_batch_size=4",
     "rejection.num_prompts=24",
@@ -121,7 +122,8 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
         base = base.parent
     root = base / "tiny-run"
     root.mkdir(exist_ok=True)
-    with (root / ".lock").open("w") as lock:
+    # Opened for appending, it keeps its time: another process may be comparing the folder.
+    with (root / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "output.txt").exists():
             done = rlhf("run", *TinyRun(root).paths(), *SETTINGS, cwd=root)

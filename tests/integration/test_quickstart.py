@@ -46,9 +46,9 @@ NAMES = [
             "collect",
             "reward-helpfulness",
             "reward-safety",
+            stage,
             "judge-helpfulness",
             "judge-safety",
-            stage,
             "evaluate",
         )
     ),
