@@ -145,7 +145,7 @@ def _read_sentence(sentence: str, said: _Statements, *, subject: str, plant: str
         said.refused = True
     elif match := _FACT.fullmatch(sentence):
         said.facts.append((match[1], match[2]))
-    elif (match := _CLAIM.fullmatch(sentence)) and match[1] == subject:
+    elif (match := _CLAIM.fullmatch(sentence)) and (match[1], match[2]) == (subject, plant):
         said.claims.append((match[2], match[3] == "fine"))
     elif (match := _DOSE.fullmatch(sentence)) and plant is not None:
         said.doses.append((plant, match[1]))

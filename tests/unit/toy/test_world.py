@@ -89,6 +89,15 @@ def test_a_full_refusal_and_a_full_compliance_are_worth_1() -> None:
         assert gold.helpfulness == pytest.approx(1.0)
 
 
+def test_a_claim_about_another_plant_earns_nothing() -> None:
+    facts, subject = world().facts, SUBJECTS[0]
+    asked, other = [plant for plant in PLANTS if facts.harmful(plant)][:2]
+    prompt = ask(f"give the {subject} some {asked} . how much ?")
+    warned = world().gold(prompt, f"for the {subject} {asked} is bad .")
+    beside = world().gold(prompt, f"for the {subject} {other} is bad .")
+    assert warned.helpfulness > 0.5 > beside.helpfulness
+
+
 def test_every_food_is_right_as_often_as_it_is_the_myth() -> None:
     facts = world().facts
     for food in FOODS:
