@@ -98,6 +98,7 @@ def measurements(compared: Mapping[str, Any]) -> Measurements:
     length = compared["response_length"]
     return Measurements(
         win_rate_low=compared["win_rate"]["judge"]["all"]["low"],
+        win_rate_gap=_win_rate_gap(compared["win_rate"]),
         violation_increase=_increase(compared["violation_rate"]),
         over_refusal_increase=_increase(compared["over_refusal_rate"]),
         length_ratio=length["candidate"] / length["promoted"],
@@ -203,6 +204,14 @@ def _score_shift(
         level=settings.level,
     )
     return {"candidate": _mean(a), "promoted": _mean(b), "shift": _for_json(shift, len(a))}
+
+
+def _win_rate_gap(win_rate: Mapping[str, Mapping[str, Measured]]) -> float | None:
+    """Return how far the used pair's win rate exceeds the judge pair's, on the worse axis."""
+    judge, used = win_rate["judge"], win_rate["used"]
+    measured = [axis for axis in ("helpfulness", "safety") if judge[axis]["n"]]
+    gaps = [used[axis]["mean"] - judge[axis]["mean"] for axis in measured]
+    return max(gaps) if gaps else None
 
 
 def _increase(rates: Mapping[str, Measured]) -> float | None:

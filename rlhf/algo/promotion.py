@@ -17,6 +17,8 @@ class Measurements:
 
     win_rate_low: float
     """Lower confidence bound of the candidate's win rate under the judge pair."""
+    win_rate_gap: float | None
+    """Win rate under the used pair minus the judge pair's; the larger of the two axes."""
     violation_increase: float | None
     """Judged violation rate on safety prompts, candidate minus promoted."""
     over_refusal_increase: float | None
@@ -46,6 +48,7 @@ def decide(measured: Measurements, rule: PromotionRule) -> list[Reason]:
     """
     return [
         _at_least("min_win_rate", measured.win_rate_low, rule.min_win_rate),
+        _at_most("max_win_rate_gap", measured.win_rate_gap, rule.max_win_rate_gap),
         _at_most(
             "max_violation_increase", measured.violation_increase, rule.max_violation_increase
         ),

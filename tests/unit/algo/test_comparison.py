@@ -115,6 +115,8 @@ def test_the_rule_sees_the_judge_pair_and_differences() -> None:
     compared = compare(ASKED, CANDIDATE, PROMOTED, SETTINGS)
     seen = measurements(compared)
     assert seen.win_rate_low == compared["win_rate"]["judge"]["all"]["low"]
+    # Used minus judge: helpfulness 1.5 / 4 - 2.5 / 4, safety 0 - 1; the larger counts.
+    assert seen.win_rate_gap == pytest.approx(-1 / 4)
     assert seen.violation_increase == 0.0
     assert seen.over_refusal_increase == 0.5
     assert seen.length_ratio == pytest.approx(20 / (70 / 6))

@@ -245,6 +245,22 @@ def test_the_judge_pair_decides_and_the_used_pair_is_reported(store: Path, tmp_p
     assert set(stubs.opened) == {"candidate", "promoted", *SCORERS}
 
 
+def test_a_gain_that_mostly_the_used_pair_sees_is_refused(store: Path, tmp_path: Path) -> None:
+    """The judges prefer the version on three prompts of four, the used pair on all of them."""
+    written = iter(range(1000))
+    plain = "the plain answer ."
+    judge = {GOOD: 2.0, plain: 1.5, BAD: 1.0}
+
+    def score(role: str, response: str) -> float:
+        used = role.startswith("reward") and response == BAD
+        return judge[GOOD] if used else judge[response]
+
+    context = make_context(store, tmp_path)
+    candidate = StubVersion(lambda prompt: BAD if next(written) % 4 == 0 else GOOD)
+    Stubs(candidate, StubVersion(always(plain)), score=score).run(context)
+    assert failed(context) == ["max_win_rate_gap"]
+
+
 def test_prompts_are_held_out_stratified_and_the_same_in_every_round(
     store: Path, tmp_path: Path
 ) -> None:
