@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import ArtifactError
+from rlhf.errors import ArtifactError, Stopped
+from rlhf.processes import STOP, Processes
 
 MANIFEST = "manifest.json"
 COMPLETE = "complete.json"
@@ -105,11 +106,16 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def temporary_folder(target: Path) -> Path:
+    """Return where the files of a folder lie until it is complete."""
+    return target.with_name(f".{target.name}.tmp")
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `target` when the block ends without an error."""
     boundary("before-temp", target)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_folder(target)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
@@ -143,14 +149,20 @@ class Saved:
 
 
 class JsonlLog:
-    """An append-only JSONL file that can be cut back to a recorded size on resume."""
+    """An append-only JSONL file that can be cut back to a recorded size on resume.
 
-    def __init__(self, path: Path) -> None:
+    Of a node's processes only the first writes it; in the others it is muted.
+    """
+
+    def __init__(self, path: Path, *, muted: bool = False) -> None:
         self.path = path
+        self.muted = muted
         self.mirror: Callable[[Mapping[str, Any]], None] | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one row and hand it to the operating system."""
+        if self.muted:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -168,43 +180,89 @@ class JsonlLog:
 
     def cut(self, size: int) -> None:
         """Drop everything after `size` bytes, which a checkpoint recorded."""
-        if self.path.exists():
+        if self.path.exists() and not self.muted:
             os.truncate(self.path, size)
 
 
 class NodeDir:
-    """The folder of one node: logs, checkpoints, the model, and the manifest, written last."""
+    """The folder of one node: logs, checkpoints, the model, and the manifest, written last.
+
+    A node may have several processes: all read here, the first one writes.
+    """
 
     def __init__(
-        self, path: Path, *, keep: int = 2, on_step: Callable[[int, int], None] | None = None
+        self,
+        path: Path,
+        *,
+        keep: int = 2,
+        on_step: Callable[[int, int], None] | None = None,
+        processes: Processes | None = None,
     ):
         self.path = path
-        self.metrics = JsonlLog(path / "metrics.jsonl")
-        self.samples = JsonlLog(path / "samples.jsonl")
+        self.processes = processes or Processes()
+        muted = not self.processes.is_main
+        self.metrics = JsonlLog(path / "metrics.jsonl", muted=muted)
+        self.samples = JsonlLog(path / "samples.jsonl", muted=muted)
         self.checkpoints = path / "checkpoints"
         self._keep = keep
         self._on_step = on_step
+        self._is_stopping = False
 
     @property
     def model(self) -> Path:
         """The folder of the finished model."""
         return self.path / "model"
 
-    def step(self, step: int, total: int) -> None:
-        """Report a finished step: the runner shows it, renews the lease and may stop here."""
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON artifact of the node."""
+        if self.processes.is_main:
+            write_json(self.path / name, value)
+
+    def write_jsonl(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Write a JSONL artifact of the node."""
+        if self.processes.is_main:
+            write_jsonl(self.path / name, rows)
+
+    def step(self, step: int, total: int, *, is_saved: bool = False) -> None:
+        """Report a finished step: the runner shows it and renews the lease.
+
+        Raises Stopped after a request to stop, once the state is saved: in `save_now` by all
+        processes together, or, where this step needs no other process, because it `is_saved`.
+        """
         boundary(f"step-{step}", self.path)
+        self.processes.passed(f"step {step}")
         if self._on_step is not None:
             self._on_step(step, total)
+        if self._is_stopping or (is_saved and STOP.made):
+            raise Stopped(f"stopped on request after step {step} of {total}; its state is saved")
+
+    def save_now(self, step: int, *, is_due: bool) -> bool:
+        """Agree with the other processes whether to checkpoint after this step.
+
+        A request to stop asks for a checkpoint; `step` then ends the node.
+        """
+        what = f"whether to save after step {step}"
+        due, self._is_stopping = self.processes.any(is_due, STOP.made, what=what)
+        return due or self._is_stopping
 
     @contextmanager
     def checkpoint(self, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
         """Write a checkpoint: fill the folder inside the block; older ones beyond `keep` go away.
 
         `state` must be JSON; sizes of metrics.jsonl and samples.jsonl are recorded beside it.
+        Every process of the node comes here and may add files of its own.
         """
         target = self.checkpoints / f"step-{step:08d}"
+        ready, filled = f"folder of checkpoint {step}", f"files of checkpoint {step}"
+        if not self.processes.is_main:
+            self.processes.wait(ready)
+            yield temporary_folder(target)
+            self.processes.wait(filled)
+            return
         with atomic_folder(target) as folder:
+            self.processes.wait(ready)
             yield folder
+            self.processes.wait(filled)
             files = {
                 str(path.relative_to(folder)): path.stat().st_size
                 for path in sorted(folder.rglob("*"))
@@ -268,7 +326,16 @@ class NodeDir:
         return found
 
 
-EXCLUDED = ("checkpoints", "lease.json", "log.txt", "progress.json", "wandb", MANIFEST)
+EXCLUDED = (
+    "checkpoints",
+    "exit.json",
+    "lease.json",
+    "log.txt",
+    "processes",
+    "progress.json",
+    "wandb",
+    MANIFEST,
+)
 """Parts of a node folder that are not artifacts."""
 
 

@@ -1,7 +1,8 @@
 """The `rlhf` command: one subcommand, its positionals, then Hydra overrides.
 
-Exit codes: 0 done, 1 failed node, 2 bad configuration or data. Subcommand and positionals are taken
-off before Hydra sees the rest, because Hydra reads every positional as an override.
+Exit codes: 0 done, 1 failed node, 2 bad configuration or data, 75 stopped on request. Subcommand
+and positionals are taken off before Hydra sees the rest, because Hydra reads every positional as an
+override.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
-from rlhf.errors import DISK_FULL, ConfigError, RlhfError, UserError, is_disk_full
+from rlhf.errors import (
+    DISK_FULL,
+    STOPPED_EXIT,
+    ConfigError,
+    RlhfError,
+    Stopped,
+    UserError,
+    is_disk_full,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,8 @@ First steps:
   rlhf run run=quickstart rounds.limit=3   one more round of the same run
 
 Every command takes Hydra overrides; `rlhf COMMAND --help` lists the settings, `--cfg job` prints
-the composed configuration, `--multirun` sweeps. Exit codes: 0 done, 1 failed node, 2 bad input.
+the composed configuration, `--multirun` sweeps. Exit codes: 0 done, 1 failed node, 2 bad input, 75
+stopped on request (state saved).
 """
 
 
@@ -85,10 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return execute(parse(arguments))
     except UserError as error:
         return _say(str(error), 2)
+    except Stopped as error:
+        return _say(str(error), STOPPED_EXIT)
     except RlhfError as error:
         return _say(str(error), 1)
     except KeyboardInterrupt:
-        return _say("stopped; the same command goes on where this one ended", 1)
+        return _say("stopped; the same command goes on where this one ended", STOPPED_EXIT)
     except BrokenPipeError:
         return 1
     except Exception as error:

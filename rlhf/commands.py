@@ -26,12 +26,14 @@ from rlhf.fingerprint import (
     flat_config,
     read_flat,
 )
+from rlhf.launch.ranks import needs_srun, run_machines, run_node
 from rlhf.operate import changed_files, clean_run, export_version
 from rlhf.plan import Plan, waiting_batches
+from rlhf.processes import STOP
 from rlhf.progress import duration
 from rlhf.state import log_tail, node_state
 from rlhf.versions import current_version, list_versions, overrule
-from rlhf.worker import process_environment, run_logged
+from rlhf.worker import process_environment
 
 COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
 
@@ -73,8 +75,14 @@ def stage(config: Config, node: str) -> int:
     if any(os.environ.get(name) != value for name, value in environment.items()):
         arguments = [sys.executable, "-m", "rlhf.cli", *_stage_arguments(config, node)]
         os.execve(sys.executable, arguments, {**os.environ, **environment})
+    STOP.listen()
     out = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
-    code = run_logged(config, plan, folder, node, stages=STAGES)
+    resources = config.resources.of(plan.node(node).stage)
+    if needs_srun(resources, os.environ):
+        arguments = [sys.executable, "-m", "rlhf.cli", *_stage_arguments(config, node)]
+        code = run_machines(arguments, resources)
+    else:
+        code = run_node(config, plan, folder, node, stages=STAGES)
     if code == 0:
         out.print(f"{node} is done in {folder / node}")
     else:

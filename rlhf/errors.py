@@ -7,6 +7,7 @@ RlhfError
  +-- ArtifactError           a node's files are missing, changed or half-written
  +-- LeaseError              another process works on the node
  +-- StageError              a stage stopped itself: divergence, NaN, no usable samples
+ +-- Stopped (exit 75)       a signal asked for the end; the state is saved
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ class LeaseError(RlhfError, RuntimeError):
 class StageError(RlhfError, RuntimeError):
     """A stage stopped itself to protect the last good state."""
 
+
+class Stopped(RlhfError, RuntimeError):
+    """A signal asked the node to stop; everything is saved and the next start goes on from here."""
+
+
+STOPPED_EXIT = 75
+"""Exit code of a node that saved its state and stopped (EX_TEMPFAIL: try again)."""
 
 DISK_FULL = "the disk is full: free some space and run the same command again; what is done stays"
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rlhf.artifacts import NodeDir, read_json, write_json, write_text
 from rlhf.compose import RUN_FILE, freeze, run_dir
 from rlhf.config import Annotators, Config, OnChange
-from rlhf.errors import DISK_FULL, ConfigError, StageError
+from rlhf.errors import DISK_FULL, STOPPED_EXIT, ConfigError, StageError, Stopped
 from rlhf.fingerprint import STAGES, differences, flat_config, read_flat
 from rlhf.launch.local import PLAN, NodeServer
 from rlhf.nodes import Node
@@ -110,7 +110,14 @@ def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES)
     used = {node.stage: stages[node.stage] for node in todo}
     environment = process_environment(config)
     with NodeServer(folder, stages=used, environment=environment) as server:
-        failed = _run_nodes(server, prepared, console)
+        try:
+            failed = _run_nodes(server, prepared, console)
+        except KeyboardInterrupt:
+            _stop_nodes(server, config, console)
+            raise
+    stopped = [node.name for node, code in failed if code == STOPPED_EXIT]
+    if stopped:
+        raise Stopped(f"{', '.join(stopped)} saved and stopped; the same command goes on there")
     if failed:
         raise StageError("\n".join(failure(config, node, folder, code) for node, code in failed))
     return prepared
@@ -150,6 +157,25 @@ def _run_nodes(server: NodeServer, prepared: Prepared, console: Console) -> list
             else:
                 console.print(f"[red]{title} failed after {seconds}[/red]", highlight=False)
                 failed.append((prepared.plan.node(name), code))
+
+
+def _stop_nodes(server: NodeServer, config: Config, console: Console) -> None:
+    """Let the running nodes save their state; a second interruption ends them at once."""
+    if not server.running:
+        return
+    names, grace = ", ".join(sorted(server.running)), config.launcher.grace_seconds
+    console.print(f"stopping: {names} may save for {grace} s; interrupt again to end at once")
+    deadline = time.monotonic() + grace
+
+    def check() -> None:
+        if time.monotonic() > deadline:
+            raise StageError(f"{names} did not stop within launcher.grace_seconds={grace}")
+
+    server.stop()
+    while server.running:
+        name, code = server.wait(check)
+        how = "saved and stopped" if code == STOPPED_EXIT else f"ended with exit code {code}"
+        console.print(f"{name} {how}", highlight=False)
 
 
 def failure(config: Config, node: Node, run_folder: Path, code: int) -> str:

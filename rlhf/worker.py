@@ -28,10 +28,12 @@ from rlhf.compose import freeze
 from rlhf.config import Config
 from rlhf.errors import (
     DISK_FULL,
+    STOPPED_EXIT,
     ConfigError,
     LeaseError,
     RlhfError,
     StageError,
+    Stopped,
     UserError,
     is_disk_full,
 )
@@ -46,6 +48,7 @@ from rlhf.fingerprint import (
 from rlhf.lease import Lease
 from rlhf.nodes import Inputs, Node, NodeContext, node_seed
 from rlhf.plan import Plan
+from rlhf.processes import FOLDER, RANK, join
 from rlhf.provenance import environment, origin, peak_memory_mb
 from rlhf.resolve import Resolver, inputs_from_json, inputs_to_json, verify
 from rlhf.state import (
@@ -64,8 +67,8 @@ from rlhf.tracking import Tracker
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.5
-HARMLESS = ("paths", "tracking", "checkpoint", "ingest", "on_change", "run", "recipe")
-"""Execution-only settings that cannot change the last bit of a result."""
+HARMLESS = ("paths", "tracking", "checkpoint", "ingest", "launcher", "on_change", "run", "recipe")
+"""Groups of execution-only settings that cannot change the last bit of a result."""
 
 SPARE_BYTES = 200 * 2**20
 STATE_FACTOR = 3
@@ -96,10 +99,16 @@ def process_environment(config: Config) -> dict[str, str]:
 def run_logged(
     config: Config, plan: Plan, run_dir: Path, name: str, *, stages: Mapping[str, str]
 ) -> int:
-    """Run a node with its output in log.txt; returns 0, 1 (failed) or 2 (bad config or data)."""
+    """Run a node, or this process's part of it, with its output in a log file.
+
+    Returns 0, 1 (failed), 2 (bad config or data) or 75 (stopped on request, state saved). The first
+    process writes log.txt, the others processes/RANK.log.
+    """
     folder = run_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("ab", buffering=0) as file:
+    rank = os.environ.get(RANK, "0")
+    path = folder / LOG if rank == "0" else folder / FOLDER / f"{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
@@ -109,6 +118,9 @@ def run_logged(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         work(config, plan, run_dir, name, stages=stages)
+    except Stopped as error:
+        log.warning("%s", error)
+        return STOPPED_EXIT
     except RlhfError as error:
         log.error("%s: %s", type(error).__name__, error)
         return 2 if isinstance(error, UserError) else 1
@@ -124,39 +136,65 @@ def run_logged(
 def work(
     config: Config, plan: Plan, run_dir: Path, name: str, *, stages: Mapping[str, str]
 ) -> None:
-    """Run a node until its manifest is written; a node that is done already is left alone."""
-    node = plan.node(name)
-    folder = run_dir / name
+    """Run a node until its manifest is written; a node that is done already is left alone.
+
+    With several processes the first one holds the lease and writes; the others work along.
+    """
+    node, folder = plan.node(name), run_dir / name
+    timeout = config.distributed.timeout_seconds
+    processes = join(folder, timeout_seconds=timeout, device=config.compute.device)
     lease = Lease(folder)
-    lease.take()
-    try:
+    if processes.is_main:
+        lease.take()
         remove_leftovers(folder)
-        directory = NodeDir(folder, keep=config.checkpoint.keep, on_step=Progress(folder, lease))
-        if directory.is_done():
+    try:
+        progress = Progress(folder, lease) if processes.is_main else None
+        directory = NodeDir(
+            folder, keep=config.checkpoint.keep, on_step=progress, processes=processes
+        )
+        if processes.broadcast(directory.is_done(), "whether the node is done"):
             log.info("%s is done already", name)
             return
-        for parent in node.after:
-            NodeDir(run_dir / parent).manifest()
-        resolver = Resolver(config, plan, run_dir, list_store(config))
-        module = stages[node.stage]
-        inputs, provenance = _start(config, node, resolver, stages=stages)
-        verify(inputs, run_dir)
-        _check_disk(config, inputs, folder)
+        begun = _begin(config, plan, run_dir, node, stages=stages) if processes.is_main else None
+        inputs, provenance = processes.broadcast(begun, "the node's inputs")
         started = time.monotonic() - read_progress(folder)["seconds"]
-        seed = node_seed(config.seed, name)
-        context = NodeContext(config, node, inputs, directory, seed)
-        tracker = Tracker(config, name, folder)
-        directory.metrics.mirror = tracker.log
-        importlib.import_module(module).run(context)
+        context = NodeContext(config, node, inputs, directory, node_seed(config.seed, name))
+        tracker = Tracker(config, name, folder) if processes.is_main else None
+        directory.metrics.mirror = tracker.log if tracker else None
+        importlib.import_module(stages[node.stage]).run(context)
+        processes.wait("end of the stage")
+        if tracker is None:
+            return
         tracker.finish()
         entries = _manifest_entries(config, node, inputs, provenance)
+        entries["num_processes"] = processes.size
         entries["wall_seconds"] = round(time.monotonic() - started, 3)
         lease.check()
         write_manifest(folder, entries)
         directory.drop_checkpoints()
         log.info("%s is done after %.1f s", name, entries["wall_seconds"])
+    except RuntimeError as error:
+        if processes.size > 1 and not isinstance(error, RlhfError):
+            # A peer that ended or hangs shows as an error of the library that waits for it.
+            raise StageError(f"{error}\n{processes.report()}") from error
+        raise
     finally:
-        lease.release()
+        processes.close()
+        if processes.is_main:
+            lease.release()
+
+
+def _begin(
+    config: Config, plan: Plan, run_dir: Path, node: Node, *, stages: Mapping[str, str]
+) -> tuple[Inputs, dict[str, Any]]:
+    """Check that the node can start here, and resolve what it reads."""
+    for parent in node.after:
+        NodeDir(run_dir / parent).manifest()
+    resolver = Resolver(config, plan, run_dir, list_store(config))
+    inputs, provenance = _start(config, node, resolver, stages=stages)
+    verify(inputs, run_dir)
+    _check_disk(config, inputs, run_dir / node.name)
+    return inputs, provenance
 
 
 class Progress:
@@ -200,7 +238,7 @@ def _start(
                 f"{node.name} has started with other values ({'; '.join(changed)}): "
                 "choose run=NEW, or `rlhf run on_change=rerun`"
             )
-        return inputs_from_json(read_json(folder / INPUTS)), _resume(config, folder)
+        return inputs_from_json(read_json(folder / INPUTS)), _resume(config, node, folder)
     inputs = resolver.resolve(node)
     module = stages[node.stage]
     provenance = {
@@ -219,7 +257,14 @@ def _start(
     return inputs, provenance
 
 
-def _resume(config: Config, folder: Path) -> dict[str, Any]:
+def _can_change_bits(key: str, stage: str) -> bool:
+    group, _, rest = key.partition(".")
+    if group == "resources":
+        return rest in (f"{stage}.nodes", f"{stage}.processes")
+    return group not in HARMLESS
+
+
+def _resume(config: Config, node: Node, folder: Path) -> dict[str, Any]:
     """Compare this process with the one that started the node; note the end of exactness."""
     provenance: dict[str, Any] = read_json(folder / PROVENANCE)
     changed = differences(provenance["environment"], environment(config))
@@ -227,7 +272,7 @@ def _resume(config: Config, folder: Path) -> dict[str, Any]:
     changed += [
         text
         for text in differences(execution_only(old), execution_only(new))
-        if text.partition(":")[0].partition(".")[0] not in HARMLESS
+        if _can_change_bits(text.partition(":")[0], node.stage)
     ]
     if changed and provenance["exact"]:
         log.warning("resumed under other conditions, so not bit for bit: %s", "; ".join(changed))

@@ -19,6 +19,8 @@ def result(default: Any) -> Any:
 
 def execution(default: Any) -> Any:
     """Declare a field that only changes where, when or how fast a node runs."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"effect": "execution"})
     return field(default=default, metadata={"effect": "execution"})
 
 

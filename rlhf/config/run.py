@@ -21,6 +21,7 @@ from rlhf.config.base import (
     require,
     result,
 )
+from rlhf.config.cluster import Distributed, Launcher, Resources
 from rlhf.config.stages import Collect, Evaluate, Gate, Judge, Ppo, Rejection, Reward, Sft
 
 AT_LEAST_ONE = (
@@ -55,6 +56,8 @@ class Rounds:
     """Weekly batches that make one round."""
     schedule: list[RoundStage] = result([RoundStage.rejection, RoundStage.ppo])
     """How each round improves the policy, cycled over the rounds."""
+    sampling_jobs: int = result(1)
+    """Nodes that sample for one rejection node; more than one run as an array job on Slurm."""
 
     def __post_init__(self) -> None:
         require(bool(self.schedule), "rounds.schedule", self.schedule, "name at least one stage")
@@ -63,6 +66,9 @@ class Rounds:
             "rounds.batches_per_round",
             self.batches_per_round,
             "give at least 1",
+        )
+        require(
+            self.sampling_jobs > 0, "rounds.sampling_jobs", self.sampling_jobs, "give at least 1"
         )
 
 
@@ -141,6 +147,9 @@ class Config:
     collect: Collect = field(default_factory=Collect)
     rounds: Rounds = field(default_factory=Rounds)
     compute: Compute = field(default_factory=Compute)
+    distributed: Distributed = field(default_factory=Distributed)
+    resources: Resources = field(default_factory=Resources)
+    launcher: Launcher = field(default_factory=Launcher)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
     ingest: Ingest = field(default_factory=Ingest)

@@ -7,7 +7,6 @@ ends with the process that started it, and a node with the server, even after ki
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import logging
@@ -23,9 +22,10 @@ from types import TracebackType
 from rlhf.artifacts import read_json
 from rlhf.compose import load_frozen
 from rlhf.errors import StageError
+from rlhf.launch.ranks import die_with_parent, run_node
 from rlhf.plan import Plan
+from rlhf.processes import STOP
 from rlhf.provenance import git_commit, source_hash, versions
-from rlhf.worker import run_logged
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ SERVER_LOG = "server.log"
 PLAN = "plan.json"
 POLL_SECONDS = 0.3
 REAP_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 class NodeServer:
@@ -47,6 +46,7 @@ class NodeServer:
     ) -> None:
         self.run_dir = run_dir
         self.stages = dict(stages)
+        self.running: set[str] = set()
         self._log = (run_dir / SERVER_LOG).open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rlhf.launch.local", str(os.getpid()), *stages.values()],
@@ -84,6 +84,16 @@ class NodeServer:
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise self._ended() from error
+        self.running.add(node)
+
+    def stop(self) -> None:
+        """Ask every running node to save its state and end; `wait` then tells as they do."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"stop": True}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
 
     def wait(self, on_wait: Callable[[], None]) -> tuple[str, int]:
         """Return the next node that ends and its exit code, negative when a signal ended it."""
@@ -94,6 +104,7 @@ class NodeServer:
         if not answer:
             raise self._ended()
         ended = json.loads(answer)
+        self.running.discard(ended["node"])
         return ended["node"], ended["code"]
 
     def _ended(self) -> StageError:
@@ -101,14 +112,6 @@ class NodeServer:
             f"the process that starts nodes ended by itself: see {self.run_dir / SERVER_LOG}, "
             "then run again"
         )
-
-
-def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends, however it ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def serve(parent: int, preload: Sequence[str]) -> None:
@@ -132,7 +135,11 @@ def serve(parent: int, preload: Sequence[str]) -> None:
             if not line:
                 return
             request = json.loads(line)
-            children[_fork(request)] = request["node"]
+            if "stop" in request:
+                for child in children:
+                    os.kill(child, signal.SIGUSR1)
+            else:
+                children[_fork(request)] = request["node"]
         child, status = os.waitpid(-1, os.WNOHANG) if children else (0, 0)
         if child:
             ended = {"node": children.pop(child), "code": os.waitstatus_to_exitcode(status)}
@@ -153,6 +160,7 @@ def _fork(request: Mapping[str, object]) -> int:
 
 def _run_child(server: int, request: Mapping[str, object]) -> int:
     die_with_parent(server)
+    STOP.listen()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     run_dir = Path(str(request["run_dir"]))
@@ -162,7 +170,7 @@ def _run_child(server: int, request: Mapping[str, object]) -> int:
     os.environ.update(environment)
     config = load_frozen(run_dir)
     plan = Plan.from_json(read_json(run_dir / PLAN))
-    code = run_logged(config, plan, run_dir, str(request["node"]), stages=stages)
+    code = run_node(config, plan, run_dir, str(request["node"]), stages=stages)
     sys.stdout.flush()
     sys.stderr.flush()
     return code

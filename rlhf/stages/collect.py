@@ -152,7 +152,7 @@ def _collect_axis(
         skipped += [pair.skipped for pair in rows if pair.skipped]
         position, number = position + len(rows), number + 1
         progress = num_done + min(len(pairs), config.num_pairs)
-        context.directory.step(progress, len(AXES) * config.num_pairs)
+        context.directory.step(progress, len(AXES) * config.num_pairs, is_saved=True)
     for reason in sorted(set(skipped)):
         log.info("%s: skipped %d pairs with %s responses", axis, skipped.count(reason), reason)
     if len(pairs) < config.num_pairs:

@@ -150,7 +150,7 @@ class _Steps:
 
     def advance(self) -> None:
         self._done += 1
-        self._directory.step(self._done, self._total)
+        self._directory.step(self._done, self._total, is_saved=True)
 
 
 def heldout_prompts(context: NodeContext, version: Version) -> list[Prompt]:

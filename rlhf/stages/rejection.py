@@ -149,7 +149,7 @@ def _sample_and_score(
         if not path.exists():
             workers = workers or _Workers(context, tokenizer, device)
             write_jsonl(path, workers.rows(shard))
-        context.directory.step(number, len(shards))
+        context.directory.step(number, len(shards), is_saved=True)
     return [row for path in paths for row in read_jsonl(path)]
 
 

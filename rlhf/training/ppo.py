@@ -198,7 +198,7 @@ class PpoLoop:
         every = self._config.checkpoint
         by_steps = every.every_steps is not None and self.state.iteration % every.every_steps == 0
         by_time = time.monotonic() - self._last_checkpoint >= every.every_seconds
-        if self._engine.is_main and (by_steps or by_time):
+        if self._directory.save_now(self.state.iteration, is_due=by_steps or by_time):
             state = {
                 "ppo": self.state.to_json(),
                 "updates": self._engine.updates,

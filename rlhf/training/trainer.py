@@ -207,7 +207,7 @@ class StepTrainer:
         tr_loss.zero_()
         self._refuse_divergence(step, loss=loss, grad_norm=float(grad_norm))
         self._write_row(step, loss=loss, grad_norm=float(grad_norm), lr=learning_rate)
-        if self._checkpoint_is_due(step):
+        if self._directory.save_now(step, is_due=self._checkpoint_is_due(step)):
             self._save_checkpoint()
         self._directory.step(step, self.state.max_steps)
 

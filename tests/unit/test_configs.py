@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf import compose
-from rlhf.config import Config, leaves
+from rlhf.config import Config, LauncherKind, Strategy, leaves
 from rlhf.fingerprint import (
     PLAN_GROUPS,
     STAGE_GROUPS,
@@ -44,7 +44,7 @@ def test_every_field_declares_its_effect() -> None:
 
 def test_execution_only_fields_are_those_that_cannot_change_results() -> None:
     allowed = re.compile(
-        r"(paths|compute|checkpoint|tracking|ingest)\..*|.*micro_batch_size|recipe|run|on_change"
+        r"(paths|compute|distributed|resources|launcher|checkpoint|tracking|ingest)\..*|.*micro_batch_size|recipe|run|on_change"
         r"|model\.(attention|gradient_checkpointing)"
     )
     found = [key for key, effect in effects().items() if effect == "execution"]
@@ -118,11 +118,24 @@ def test_every_model_composes(model: str) -> None:
     assert config_of("recipe=smollm2", f"model={model}").model.path == expected
 
 
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_every_strategy_composes(strategy: Strategy) -> None:
+    config = config_of("recipe=quickstart", f"distributed={strategy.name}")
+    assert config.distributed.strategy is strategy
+
+
+@pytest.mark.parametrize("kind", list(LauncherKind))
+def test_every_launcher_composes(kind: LauncherKind) -> None:
+    assert config_of("recipe=quickstart", f"launcher={kind.name}").launcher.kind is kind
+
+
 def test_every_file_is_composed_by_a_test() -> None:
     known = {"run.yaml", "driver.yaml"}
     known |= {f"recipe/{name}.yaml" for name in compose.recipes()}
     known |= {f"model/{path.name}" for path in (CONF / "model").glob("*.yaml")}
     known |= {f"paper/{name}" for name in PAPER}
+    known |= {f"distributed/{strategy.name}.yaml" for strategy in Strategy}
+    known |= {f"launcher/{kind.name}.yaml" for kind in LauncherKind}
     assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == known
 
 
