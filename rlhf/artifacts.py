@@ -328,7 +328,8 @@ class NodeDir:
 
 EXCLUDED = (
     "checkpoints",
-    "exit.json",
+    "exits.jsonl",
+    "jobs",
     "lease.json",
     "log.txt",
     "processes",

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from rlhf import runner
 from rlhf.compose import RUN_FILE, known_runs, run_dir
-from rlhf.config import Config
+from rlhf.config import Config, LauncherKind
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
@@ -26,13 +26,17 @@ from rlhf.fingerprint import (
     flat_config,
     read_flat,
 )
-from rlhf.launch.ranks import needs_srun, run_machines, run_node
+from rlhf.launch import operator
+from rlhf.launch.conclude import conclude, job_id
+from rlhf.launch.failures import PARENT_FAILED, remedy
+from rlhf.launch.ranks import MACHINE, is_rank, needs_srun, run_machines, run_node
+from rlhf.nodes import Node
 from rlhf.operate import changed_files, clean_run, export_version
 from rlhf.plan import Plan, waiting_batches
 from rlhf.processes import STOP
 from rlhf.progress import duration
 from rlhf.state import log_tail, node_state
-from rlhf.versions import current_version, list_versions, overrule
+from rlhf.versions import current_version, list_versions, overrule, write_versions
 from rlhf.worker import process_environment
 
 COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
@@ -82,12 +86,43 @@ def stage(config: Config, node: str) -> int:
         arguments = [sys.executable, "-m", "rlhf.cli", *_stage_arguments(config, node)]
         code = run_machines(arguments, resources)
     else:
-        code = run_node(config, plan, folder, node, stages=STAGES)
+        in_job = job_id(os.environ) is not None
+        code = run_node(config, plan, folder, node, stages=STAGES, supervise=in_job)
+    if is_rank(os.environ) or MACHINE in os.environ:
+        return code
     if code == 0:
+        write_versions(config, plan, folder)
         out.print(f"{node} is done in {folder / node}")
+        return 0
+    out.print(runner.failure(config, plan.node(node), folder, code), markup=False)
+    return conclude(config, folder / node, code, os.environ)
+
+
+def launch(config: Config, *, dry_run: str) -> int:
+    out = console()
+    kind = config.launcher.kind
+    if _flag("dry_run", dry_run):
+        drafted, _ = runner.draft(config)
+        nodes = runner.within_limit(config, drafted)
+        operator.show_jobs(config, nodes, run_dir(config), out)
+        return 0
+    if kind is not LauncherKind.local:
+        operator.open_launcher(config)
+    prepared = runner.prepare(config, out)
+    write_versions(config, prepared.plan, prepared.folder)
+    nodes = runner.within_limit(config, prepared.plan)
+    if kind is LauncherKind.local:
+        operator.launch_here(config, prepared.folder, out)
     else:
-        out.print(runner.failure(config, plan.node(node), folder, code), markup=False)
-    return code
+        operator.launch_jobs(config, nodes, prepared.folder, out)
+    return 0
+
+
+def cancel(config: Config, *, node: str) -> int:
+    if node:
+        frozen_plan(config).node(node)
+    operator.cancel_jobs(config, run_dir(config), console(), node=node)
+    return 0
 
 
 def _stage_arguments(config: Config, node: str) -> list[str]:
@@ -122,29 +157,49 @@ def plan(config: Config) -> int:
 
 
 def status(config: Config, *, verify: str) -> int:
-    drafted = frozen_plan(config)
-    folder = run_dir(config)
-    table = Table("node", "state", "step", "time", "left", title=f"run {config.run} in {folder}")
-    out = console()
-    stopped = []
+    drafted, folder, out = frozen_plan(config), run_dir(config), console()
+    jobs = operator.known_jobs(config, out)
+    title = f"run {config.run} in {folder}"
+    table = Table(Column("node", no_wrap=True), "state", "step", "time", "left", title=title)
+    if jobs:
+        table.add_column("job", overflow="fold")
+    ended: dict[str, str] = {}
     for node in drafted.nodes:
-        state = node_state(folder, node)
+        state, job = node_state(folder, node), jobs.get(node.name)
         step = f"{state.step}/{state.total}" if state.total else ""
         spent = duration(state.seconds) if state.seconds else ""
         left = duration(state.eta) if state.eta is not None else ""
-        table.add_row(node.name, _coloured(state.state), step, spent, left)
-        stopped += [node.name] if state.state == "stopped" else []
+        cells = [node.name, _coloured(state.state), step, spent, left]
+        table.add_row(*cells, *([operator.describe_job(job)] if jobs else []))
+        failure = operator.failure_of(folder / node.name, job)
+        is_over = state.state in ("stopped", "waiting") and not (job and job.is_alive)
+        if is_over and (failure or state.state == "stopped"):
+            ended[node.name] = failure
     out.print(table)
     for version in list_versions(config, drafted, folder):
         out.print(f"{version.name}: {version.state} {version.overruled}".rstrip())
-    for name in stopped:
-        out.print(f"the end of {folder / name / 'log.txt'}:")
-        out.print("\n".join(log_tail(folder / name)), markup=False, highlight=False)
+    waiting = [name for name, failure in ended.items() if failure == PARENT_FAILED]
+    if waiting:
+        out.print(f"not started, for a node before them failed: {', '.join(waiting)}")
+    for name, failure in ended.items():
+        if failure == PARENT_FAILED:
+            continue
+        _show_ended(drafted.node(name), folder, failure, out)
     if _flag("verify", verify):
         checked, changed = changed_files(drafted, folder)
         out.print(f"{checked} files checked by sha256; changed: {', '.join(changed) or 'none'}")
         return 1 if changed else 0
     return 0
+
+
+def _show_ended(node: Node, folder: Path, failure: str, out: Console) -> None:
+    """Print how a node ended that is not done: the kind of failure, its last lines, the remedy."""
+    if failure:
+        out.print(f"[red]{node.name}: {failure}[/red]; {remedy(failure, node.stage)}")
+    lines = log_tail(folder / node.name)
+    if lines:
+        out.print(f"the end of {folder / node.name / 'log.txt'}:")
+        out.print("\n".join(lines), markup=False, highlight=False)
 
 
 def ingest(config: Config, *files: str) -> int:
@@ -235,6 +290,8 @@ def _flag(key: str, value: str) -> bool:
 
 HANDLERS: Mapping[str, Callable[..., Any]] = {
     "run": run,
+    "launch": launch,
+    "cancel": cancel,
     "stage": stage,
     "plan": plan,
     "status": status,

@@ -5,6 +5,7 @@ RlhfError
  |    +-- ConfigError        a key, its value or a combination of values (also a ValueError)
  |    +-- DataError          a file or a row (also a ValueError)
  +-- ArtifactError           a node's files are missing, changed or half-written
+ +-- LauncherError           a scheduler is absent, refuses, or does not answer
  +-- LeaseError              another process works on the node
  +-- StageError              a stage stopped itself: divergence, NaN, no usable samples
  +-- Stopped (exit 75)       a signal asked for the end; the state is saved
@@ -33,6 +34,10 @@ class DataError(UserError, ValueError):
 
 class ArtifactError(RlhfError, RuntimeError):
     """A node's artifacts are missing, changed or incomplete."""
+
+
+class LauncherError(RlhfError, RuntimeError):
+    """A scheduler is absent, refuses, or does not answer."""
 
 
 class LeaseError(RlhfError, RuntimeError):

@@ -33,7 +33,17 @@ class StopRequest:
     """Whether a signal has asked this process to save its state and end."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.signal: int | None = None
+        """The first signal that asked."""
+
+    @property
+    def made(self) -> bool:
+        """Tell whether the request has come."""
+        return self.signal is not None
+
+    def note(self, number: int) -> None:
+        """Remember a signal."""
+        self.signal = self.signal or number
 
     def listen(self) -> None:
         """Note SIGTERM and SIGUSR1 from now on, instead of ending by them."""
@@ -41,7 +51,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.made = True
+        self.note(number)
 
 
 STOP = StopRequest()

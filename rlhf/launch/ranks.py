@@ -81,15 +81,24 @@ def free_port() -> int:
 
 
 def run_node(
-    config: Config, plan: Plan, run_dir: Path, name: str, *, stages: Mapping[str, str]
+    config: Config,
+    plan: Plan,
+    run_dir: Path,
+    name: str,
+    *,
+    stages: Mapping[str, str],
+    supervise: bool = False,
 ) -> int:
-    """Run a node on this machine with the processes it is to have; returns the exit code."""
+    """Run a node on this machine with the processes it is to have; returns the exit code.
+
+    With `supervise` a single process gets a supervisor too, who lives to tell how it ended.
+    """
     resources = config.resources.of(plan.node(name).stage)
 
     def run() -> int:
         return run_logged(config, plan, run_dir, name, stages=stages)
 
-    if resources.num_processes == 1 or is_rank(os.environ):
+    if is_rank(os.environ) or (resources.num_processes == 1 and not supervise):
         return run()
     return run_ranks(run, resources, find_place(resources, os.environ))
 
@@ -169,24 +178,30 @@ def _fork_rank(
     try:
         die_with_parent(parent)
         STOP.listen()
-        rank = place.machine * resources.processes + local_rank
-        os.environ |= {
-            RANK: str(rank),
-            LOCAL_RANK: str(local_rank),
-            SIZE: str(resources.num_processes),
-            "LOCAL_WORLD_SIZE": str(resources.processes),
-            "MASTER_ADDR": place.address,
-            "MASTER_PORT": str(place.port),
-        }
-        if place.address.startswith("127."):
-            # Gloo otherwise looks for an interface by the host's name, which may not resolve.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if resources.num_processes > 1:
+            os.environ |= _identity(resources, place, local_rank)
         code = run()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         # An ordinary exit would wait for gloo's threads, which sometimes abort the interpreter.
         os._exit(code)
+
+
+def _identity(resources: StageResources, place: Place, local_rank: int) -> dict[str, str]:
+    """Return the variables that tell a process who it is among those of its node."""
+    found = {
+        RANK: str(place.machine * resources.processes + local_rank),
+        LOCAL_RANK: str(local_rank),
+        SIZE: str(resources.num_processes),
+        "LOCAL_WORLD_SIZE": str(resources.processes),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
+    }
+    if place.address.startswith("127."):
+        # Gloo otherwise looks for an interface by the host's name, which may not resolve.
+        found["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return found
 
 
 def _watch(children: set[int]) -> int:
@@ -219,6 +234,7 @@ class _forwarding:
 
     def __enter__(self) -> None:
         def forward(number: int, frame: FrameType | None) -> None:
+            STOP.note(number)
             for pid in list(self.children):
                 os.kill(pid, number)
 
