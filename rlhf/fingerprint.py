@@ -32,6 +32,7 @@ STAGE_GROUPS: Mapping[str, tuple[str, ...]] = {
         "evaluate.bootstrap_draws",
         "evaluate.unsafe_threshold",
     ),
+    "sample": ("model", "data", "rejection"),
     "rejection": ("model", "data", "sft", "gate", "rejection"),
     "ppo": ("model", "data", "gate", "ppo"),
     "evaluate": ("model", "data", "toy", "gate", "evaluate"),

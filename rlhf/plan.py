@@ -8,7 +8,7 @@ are known only at run time. The symbols are explained in rlhf/resolve.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class Round:
     round: int
     stage: str
     batches: tuple[str, ...]
+    sampling_jobs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,12 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as it is written to plan.json."""
         rounds = [
-            {"round": item.round, "stage": item.stage, "batches": list(item.batches)}
+            {
+                "round": item.round,
+                "stage": item.stage,
+                "batches": list(item.batches),
+                "sampling_jobs": item.sampling_jobs,
+            }
             for item in self.rounds
         ]
         nodes = [node.to_json() for node in self.nodes]
@@ -88,7 +94,10 @@ class Plan:
     def from_json(cls, tree: Mapping[str, Any]) -> Plan:
         """Read a plan from plan.json."""
         rounds = tuple(
-            Round(item["round"], item["stage"], tuple(item["batches"])) for item in tree["rounds"]
+            Round(
+                item["round"], item["stage"], tuple(item["batches"]), item.get("sampling_jobs", 1)
+            )
+            for item in tree["rounds"]
         )
         nodes = tuple(Node.from_json(row) for row in tree["nodes"])
         return cls(tree["run"], tree["recipe"], rounds, nodes)
@@ -155,7 +164,8 @@ def _extend_rounds(
         if len(batches) < size:
             break
         stage = config.rounds.schedule[(number - 1) % len(config.rounds.schedule)]
-        rounds.append(Round(number, stage.name, tuple(batches)))
+        jobs = 1 if stage is RoundStage.ppo else config.rounds.sampling_jobs
+        rounds.append(Round(number, stage.name, tuple(batches), jobs))
     return tuple(rounds)
 
 
@@ -193,7 +203,8 @@ class _Wiring:
         nodes += [self._reward(k, axis) for axis in AXES if self.given[axis] is None]
         stage = RoundStage[item.stage]
         if stage is not RoundStage.ppo:
-            nodes.append(self._rejection(k))
+            samples = self._samples(k, item.sampling_jobs) if item.sampling_jobs > 1 else []
+            nodes += [*samples, self._rejection(k, samples)]
         if stage is not RoundStage.rejection:
             start = self._output(k, "rejection") if stage is RoundStage.rejection_ppo else ""
             nodes.append(self._ppo(k, start or f"promoted({k - 1})"))
@@ -227,13 +238,33 @@ class _Wiring:
         options = {"axis": axis, "role": "judge"}
         return self._node(node_name(k, f"judge-{axis}"), "reward", k, inputs, options)
 
-    def _rejection(self, k: int) -> Node:
+    def _samples(self, k: int, number: int) -> list[Node]:
+        """Return the nodes that sample side by side for the round's rejection node."""
+        inputs = {
+            "policy": f"promoted({k - 1})",
+            **self._scorers(k),
+            "prompts": "set(prompts)",
+        }
+        made_for = node_name(k, "rejection")
+        return [
+            self._node(
+                node_name(k, f"sample-{shard}"),
+                "sample",
+                k,
+                inputs,
+                {"shard": shard, "of": number, "for": made_for},
+            )
+            for shard in range(number)
+        ]
+
+    def _rejection(self, k: int, samples: Sequence[Node]) -> Node:
         init = {
             RejectionInit.promoted: f"promoted({k - 1})",
             RejectionInit.sft: "version(0)",
             RejectionInit.base: "model",
         }[self.config.rejection.init]
         inputs = {"policy": f"promoted({k - 1})", "init": init, **self._scorers(k)}
+        inputs |= {f"sampled_{n}": f"node({node.name})" for n, node in enumerate(samples)}
         earlier = [
             item.round
             for item in self.rounds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from rlhf.artifacts import read_jsonl, write_json, write_jsonl
 from rlhf.data.chat import Encoded, encode_conversation
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import keyed_digest
-from rlhf.data.records import AXES, Prompt
+from rlhf.data.records import Prompt
 from rlhf.errors import StageError
-from rlhf.inference.generation import HfGenerator, fitting, scoring_length
-from rlhf.inference.scoring import HfScorer
+from rlhf.inference.best_of import Part, choose_prompts, sample_and_score
 from rlhf.inference.winners import (
     Row,
     choose_winner,
@@ -30,12 +28,9 @@ from rlhf.inference.winners import (
     ranking_axis,
     response_counts,
     selection_curves,
-    stratified,
 )
 from rlhf.models.loading import (
-    autocast,
     load_policy,
-    load_reward_model,
     load_tokenizer,
     save_model,
     setup_torch,
@@ -55,8 +50,8 @@ def run(context: NodeContext) -> None:
     config, directory = context.config, context.directory
     device = setup_torch(config.compute)
     tokenizer = load_tokenizer(context.inputs.models["policy"].path)
-    prompts, counts = _choose_prompts(context, tokenizer)
-    rows = _sample_and_score(context, prompts, tokenizer, device)
+    prompts, counts = choose_prompts(context, tokenizer, seed=context.seed)
+    rows = _scored_rows(context, prompts, tokenizer, device)
     threshold = config.gate.threshold
     winners = [
         winner
@@ -114,104 +109,25 @@ def _winner(row: Row, *, threshold: float, round: int) -> Row | None:
     }
 
 
-def _choose_prompts(context: NodeContext, tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
-    """Return this round's training prompts, safety prompts in the share that the sets have."""
-    config = context.config
-    store = Store(Path(config.paths.store), config.data.stream)
-    every = [p for item in context.inputs.of_kind("prompts") for p in store.prompts(item.id)]
-    training = [prompt for prompt in every if not prompt.heldout]
-    fits, over_long = fitting(
-        training,
-        tokenizer,
-        max_new_tokens=config.rejection.sampling.max_new_tokens,
-        max_length=config.model.max_length,
-    )
-    chosen = stratified(fits, num_prompts=config.rejection.num_prompts, seed=context.seed)
-    counts = {
-        "in_store": len(every),
-        "heldout": len(every) - len(training),
-        "over_long": over_long,
-        "sampled": len(chosen),
-        "is_safety": sum(prompt.is_safety for prompt in chosen),
-    }
-    return chosen, counts
-
-
-def _sample_and_score(
+def _scored_rows(
     context: NodeContext, prompts: Sequence[Prompt], tokenizer: Any, device: torch.device
 ) -> list[Row]:
-    """Return one row per prompt with its scored responses; finished shards are read, not redone."""
-    size = context.config.rejection.shard_prompts
-    shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    paths = [context.directory.path / "shards" / f"{n:05d}.jsonl" for n in range(len(shards))]
-    workers = None
-    for number, (shard, path) in enumerate(zip(shards, paths, strict=True), start=1):
-        if not path.exists():
-            workers = workers or _Workers(context, tokenizer, device)
-            write_jsonl(path, workers.rows(shard))
-        context.directory.step(number, len(shards), is_saved=True)
-    return [row for path in paths for row in read_jsonl(path)]
+    """Return one row per prompt: merged from the sample nodes, or sampled here without them.
 
-
-@dataclass(slots=True)
-class _Workers:
-    """The policy and the two reward models; loaded only if a shard is missing."""
-
-    context: NodeContext
-    generator: HfGenerator
-    scorers: dict[str, HfScorer]
-    device: torch.device
-
-    def __init__(self, context: NodeContext, tokenizer: Any, device: torch.device) -> None:
-        config, models = context.config, context.inputs.models
-        self.context, self.device = context, device
-        policy = load_policy(models["policy"].path, model=config.model, seed=context.seed)
-        self.generator = HfGenerator(
-            policy.to(device), tokenizer, max_length=config.model.max_length
+    Raises StageError when a prompt's row is missing.
+    """
+    models = context.inputs.models
+    parts = [Path(models[role].path) for role in models if role.startswith("sampled_")]
+    if not parts:
+        return sample_and_score(context, prompts, tokenizer, device, seed=context.seed, part=Part())
+    rows = {row["prompt_id"]: row for part in parts for row in read_jsonl(part / "responses.jsonl")}
+    missing = [prompt.id for prompt in prompts if prompt.id not in rows]
+    if missing:
+        raise StageError(
+            f"the sample nodes hold no responses to {len(missing)} of {len(prompts)} prompts, such "
+            f"as {missing[0]}: delete their folders and run again"
         )
-        self.scorers = {}
-        for axis in AXES:
-            path = models[f"reward_{axis}"].path
-            model = load_reward_model(path, model=config.model, new_head=False, seed=context.seed)
-            max_length = scoring_length(config.model.max_length, config.rejection.sampling)
-            self.scorers[axis] = HfScorer(
-                model.to(device), load_tokenizer(path), max_length=max_length
-            )
-
-    def rows(self, prompts: Sequence[Prompt]) -> list[Row]:
-        """Sample and score one shard."""
-        config, seed = self.context.config, self.context.seed
-        num_samples = config.rejection.num_samples
-        with autocast(config.model, self.device):
-            found = self.generator.generate(
-                [prompt.prompt for prompt in prompts],
-                num_samples=num_samples,
-                sampling=config.rejection.sampling,
-                keys=[f"{seed}/{prompt.id}" for prompt in prompts],
-            )
-            texts = [response.text for responses in found for response in responses]
-            conversations = [prompt.prompt for prompt in prompts for _ in range(num_samples)]
-            scores = {
-                axis: scorer(conversations, texts).view(len(prompts), num_samples).tolist()
-                for axis, scorer in self.scorers.items()
-            }
-        return [
-            {
-                "prompt_id": prompt.id,
-                "prompt": prompt.prompt,
-                "is_safety": prompt.is_safety,
-                "responses": [
-                    {
-                        "text": response.text,
-                        "finished": response.finished,
-                        "num_tokens": len(response.token_ids),
-                        **{axis: scores[axis][index][response.sample_index] for axis in AXES},
-                    }
-                    for response in responses
-                ],
-            }
-            for index, (prompt, responses) in enumerate(zip(prompts, found, strict=True))
-        ]
+    return [rows[prompt.id] for prompt in prompts]
 
 
 def _training_rows(

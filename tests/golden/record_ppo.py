@@ -22,9 +22,9 @@ from golden.record import environment  # noqa: E402
 
 from rlhf.config import Rejection, Sampling  # noqa: E402
 from rlhf.data.records import AXES  # noqa: E402
+from rlhf.inference.best_of import Part, sample_and_score  # noqa: E402
 from rlhf.inference.winners import choose_winner, selection_curves  # noqa: E402
 from rlhf.models.loading import save_model, setup_torch  # noqa: E402
-from rlhf.stages import rejection  # noqa: E402
 
 STAGES = ("ppo", "rejection")
 
@@ -56,7 +56,9 @@ def rejection_steps(folder: Path) -> list[dict[str, float]]:
         made, name="rejection", stage="rejection", models=models, data=[], seed=7
     )
     device = setup_torch(made.compute)
-    rows = rejection._sample_and_score(context, micro_ppo.prompts(19), tokenizer, device)
+    rows = sample_and_score(
+        context, micro_ppo.prompts(19), tokenizer, device, seed=context.seed, part=Part()
+    )
     steps: list[dict[str, float]] = []
     for number, row in enumerate(rows):
         winner = choose_winner(row, threshold=made.gate.threshold)

@@ -16,6 +16,7 @@ from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_jsonl
 from rlhf.config import Config, Rejection, Sampling
 from rlhf.data.chat import IGNORED
 from rlhf.errors import StageError
+from rlhf.inference.best_of import choose_prompts
 from rlhf.inference.scoring import HfScorer
 from rlhf.inference.winners import choose_winner
 from rlhf.models.loading import load_reward_model
@@ -255,7 +256,7 @@ def test_one_sample_per_prompt_is_enough(made: Config, models: dict[str, str]) -
 def test_no_heldout_prompt_is_sampled(made: Config, models: dict[str, str]) -> None:
     made.rejection.num_prompts = None
     context = node(made, models)
-    chosen, counts = rejection._choose_prompts(context, micro.tokenizer())
+    chosen, counts = choose_prompts(context, micro.tokenizer(), seed=context.seed)
     assert counts["heldout"] > 0
     assert counts["in_store"] == counts["heldout"] + counts["over_long"] + counts["sampled"]
     assert not any(prompt.heldout for prompt in chosen)
