@@ -61,7 +61,7 @@ class SlurmLauncher:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._folder = run_dir(config).absolute()
-        self._key = hashlib.blake2b(str(self._folder).encode(), digest_size=6).hexdigest()
+        self.key = hashlib.blake2b(str(self._folder).encode(), digest_size=6).hexdigest()
 
     def submit(self, nodes: Sequence[Node], after: Sequence[str]) -> dict[str, str]:
         """Submit one node, or several shards as one array; returns the job id per node."""
@@ -118,7 +118,7 @@ class SlurmLauncher:
         log = f"{group}-%a/{JOB_LOGS}/%A_%a.txt" if is_shard else f"{group}/{JOB_LOGS}/%j.txt"
         return [
             f"--job-name={self._config.run}:{group}",
-            f"--comment=rlhf:{self._key}:{group}",
+            f"--comment=rlhf:{self.key}:{group}",
             f"--output={self._folder / log}",
             f"--chdir={Path.cwd()}",
         ]
@@ -155,7 +155,7 @@ class SlurmLauncher:
     def _parse(self, row: str) -> tuple[int, Job] | None:
         """Read one line of squeue; None for a job that is not this run's."""
         number, array, index, state, reason, start, comment = row.split("|", maxsplit=6)
-        mark = f"rlhf:{self._key}:"
+        mark = f"rlhf:{self.key}:"
         if not comment.startswith(mark):
             return None
         node, job = comment[len(mark) :], number

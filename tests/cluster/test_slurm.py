@@ -1,0 +1,238 @@
+"""`rlhf launch` on a real Slurm: what the queue does to a node, and what becomes of its result.
+
+Run it alone: pytest -m cluster tests/cluster. It needs Debian's Slurm, which it installs as root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster.lab import SlurmLab, install
+from tiny_run import ROOT, SETTINGS, rlhf
+
+from rlhf.artifacts import NodeDir, read_json, sha256_file
+from rlhf.launch.failures import read_exits
+from rlhf.state import read_progress
+
+pytestmark = pytest.mark.cluster
+
+LONG = ("toy.sft_rows=1600", "sft.epochs=2", "checkpoint.every_steps=20")
+"""A supervised fine-tuning long enough to be hit in the middle."""
+SLURM = ("launcher=slurm", "launcher.grace_seconds=30", "launcher.slurm.call_seconds=10")
+START = 180
+"""Longest wait for a node to import its libraries and take its first steps, in seconds."""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+    reason = install()
+    if reason:
+        pytest.skip(reason)
+    with SlurmLab(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+@dataclass
+class Launched:
+    """A run on the virtual cluster."""
+
+    lab: SlurmLab
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / "quickstart"
+
+    def rlhf(self, command: str, *overrides: str, ok: bool = True) -> str:
+        """Run the command line as a user of the cluster would; returns what it printed."""
+        place = [f"paths.runs={self.root / 'runs'}", f"paths.store={self.root / 'store'}"]
+        if command in ("launch", "run") and not self.folder.exists():
+            place.append("recipe=quickstart")
+        else:
+            place.append("run=quickstart")
+        environment = {**self.lab.environment, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        done = rlhf(command, *place, *overrides, cwd=self.root, environment=environment)
+        assert not ok or done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def job(self, node: str) -> str:
+        """Return a node's newest job."""
+        rows = self.lab.call("squeue", "-h", "--states=all", "--array", "-o", "%A %k").splitlines()
+        found = [row.split()[0] for row in rows if row.endswith(f":{node}") and self.key in row]
+        return max(found, key=int)
+
+    @property
+    def key(self) -> str:
+        """The mark that the run's jobs carry in their comments."""
+        from rlhf.compose import load_frozen
+        from rlhf.launch.slurm import SlurmLauncher
+
+        return SlurmLauncher(load_frozen(self.folder)).key
+
+    def states(self) -> dict[str, str]:
+        """Return the state of every node's newest job."""
+        rows = self.lab.call("squeue", "-h", "--states=all", "--array", "-o", "%A %K %T %k")
+        found: dict[str, tuple[int, str]] = {}
+        for row in rows.splitlines():
+            number, index, state, comment = row.split()
+            if self.key not in comment:
+                continue
+            node = comment.rpartition(":")[2] + (f"-{index}" if index.isdigit() else "")
+            if node not in found or int(number) > found[node][0]:
+                found[node] = (int(number), state)
+        return {node: state for node, (_, state) in found.items()}
+
+    def step(self, node: str) -> int:
+        return int(read_progress(self.folder / node)["step"])
+
+    def wait_for_step(self, node: str, step: int) -> None:
+        self.lab.wait(lambda: self.step(node) >= step, f"step {step} of {node}", seconds=START)
+
+    def is_done(self, node: str) -> bool:
+        return NodeDir(self.folder / node).is_done()
+
+    def wait_until_done(self, node: str) -> None:
+        self.lab.wait(lambda: self.is_done(node), f"the end of {node}", seconds=START)
+
+    def weights(self, node: str) -> str:
+        return sha256_file(self.folder / node / "model" / "model.safetensors")
+
+    def log(self, node: str) -> str:
+        return (self.folder / node / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose supervised fine-tuning was never disturbed, and its store."""
+    root = tmp_path_factory.mktemp("straight")
+    paths = [f"paths.runs={root / 'runs'}", f"paths.store={root / 'store'}"]
+    made = rlhf("run", "recipe=quickstart", *paths, *SETTINGS, *LONG, "rounds.limit=0", cwd=root)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return root
+
+
+@pytest.fixture
+def launched(lab: SlurmLab, straight: Path, tmp_path: Path) -> Iterator[Launched]:
+    """The same fine-tuning on Slurm, past its first checkpoint and not at its end."""
+    shutil.copytree(straight / "store", tmp_path / "store")
+    run = Launched(lab, tmp_path)
+    run.rlhf("launch", *SETTINGS, *LONG, *SLURM, *_extra(os.environ.get("PYTEST_CURRENT_TEST", "")))
+    run.wait_for_step("sft", 25)
+    assert not run.is_done("sft")
+    yield run
+    run.rlhf("cancel")
+
+
+def _extra(test: str) -> list[str]:
+    # The shortest time limit that Slurm knows.
+    return ["resources.sft.time=1"] if "time_limit" in test else []
+
+
+def assert_same_as_straight(run: Launched, straight: Path) -> None:
+    """The node went on from a checkpoint, ended once, and its weights are the undisturbed ones."""
+    log = run.log("sft")
+    assert "continuing at step" in log
+    assert log.count("sft is done after") == 1
+    reference = straight / "runs" / "quickstart" / "sft" / "model" / "model.safetensors"
+    assert run.weights("sft") == sha256_file(reference)
+
+
+def test_preemption_saves_requeues_and_ends_with_the_same_weights(
+    launched: Launched, straight: Path
+) -> None:
+    lab, job = launched.lab, launched.job("sft")
+    intruder = lab.call(
+        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap=sleep 2"
+    ).strip()
+    lab.wait(lambda: lab.state(intruder) == "COMPLETED", "the urgent job", seconds=90)
+    lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job")
+    assert [entry.failure for entry in read_exits(launched.folder / "sft")] == ["preempted"]
+    # The job after it still waits for the same job.
+    assert launched.states()["round-01/collect"] == "PENDING"
+    lab.release(job)
+    launched.wait_until_done("sft")
+    assert_same_as_straight(launched, straight)
+
+
+def test_a_time_limit_saves_requeues_and_ends_with_the_same_weights(
+    launched: Launched, straight: Path
+) -> None:
+    lab, job = launched.lab, launched.job("sft")
+    lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job", seconds=120)
+    assert [entry.failure for entry in read_exits(launched.folder / "sft")] == ["time_limit"]
+    lab.call("scontrol", "update", f"jobid={job}", "TimeLimit=30")
+    lab.release(job)
+    launched.wait_until_done("sft")
+    assert_same_as_straight(launched, straight)
+
+
+def test_cancel_ends_the_jobs_and_launch_goes_on(launched: Launched, straight: Path) -> None:
+    lab, job = launched.lab, launched.job("sft")
+    assert f"sft (job {job})" in launched.rlhf("cancel")
+    lab.wait(lambda: lab.state(job) == "CANCELLED", "the end of the job")
+    assert set(launched.states().values()) == {"CANCELLED"}
+    status = launched.rlhf("status")
+    assert "sft: cancelled; `rlhf launch` starts it again" in status
+    launched.rlhf("launch")
+    assert launched.job("sft") != job
+    launched.wait_until_done("sft")
+    assert_same_as_straight(launched, straight)
+
+
+def test_a_machine_that_goes_down_costs_no_checkpoint(launched: Launched, straight: Path) -> None:
+    lab, job = launched.lab, launched.job("sft")
+    machine = lab.call("squeue", "-h", "-j", job, "-o", "%N").strip()
+    lab.call("scontrol", "update", f"nodename={machine}", "state=down", "reason=test")
+    try:
+        lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job")
+        lab.release(job)
+        launched.wait_until_done("sft")
+    finally:
+        lab.call("scontrol", "update", f"nodename={machine}", "state=resume")
+    assert_same_as_straight(launched, straight)
+
+
+def test_a_controller_that_dies_loses_nothing(launched: Launched, straight: Path) -> None:
+    lab, job = launched.lab, launched.job("sft")
+    lab.kill_controller()
+    status = launched.rlhf("status")
+    assert "jobs unknown: squeue" in status
+    assert "running" in status
+    refused = launched.rlhf("launch", ok=False)
+    assert "no job is submitted twice" in refused or "squeue failed" in refused
+    lab.start_controller()
+    assert f"sft: job {job} is running already" in launched.rlhf("launch")
+    launched.wait_until_done("sft")
+    lab.wait(lambda: lab.state(job) == "COMPLETED", "the end of the job")
+    reference = straight / "runs" / "quickstart" / "sft" / "model" / "model.safetensors"
+    assert launched.weights("sft") == sha256_file(reference)
+    assert launched.log("sft").count("sft is done after") == 1
+
+
+def test_two_launches_submit_every_node_once(launched: Launched) -> None:
+    before = launched.lab.call("squeue", "-h", "--states=all", "-o", "%A").split()
+    output = launched.rlhf("launch")
+    assert "submitted" not in output
+    assert launched.lab.call("squeue", "-h", "--states=all", "-o", "%A").split() == before
+    plan = read_json(launched.folder / "plan.json")
+    assert set(launched.states()) == {node["name"] for node in plan["nodes"]}
+
+
+def test_a_killed_stage_is_told_apart_from_a_failed_one(launched: Launched) -> None:
+    lab, job = launched.lab, launched.job("sft")
+    os.kill(_pid(launched.folder / "sft" / "lease.json"), signal.SIGKILL)
+    lab.wait(lambda: lab.state(job) == "FAILED", "the end of the job")
+    status = launched.rlhf("status")
+    assert "sft: out_of_memory" in status
+    assert "raise resources.sft.memory" in status
+    assert "not started, for a node before them failed: round-01/collect" in status
+
+
+def _pid(lease: Path) -> int:
+    return int(read_json(lease)["pid"])
