@@ -90,4 +90,4 @@ def count_failures(exits: list[Exit], job: str, failure: str) -> int:
 
 def new_exit(job: str, attempt: int, code: int, failure: str) -> Exit:
     """Return an end that happens now."""
-    return Exit(job, attempt, code, failure, round(time.time(), 3))
+    return Exit(job, attempt, code, failure, time.time())

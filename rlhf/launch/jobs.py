@@ -7,7 +7,7 @@ jobs that wait or run, and submits the rest after the jobs they depend on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,10 +104,17 @@ def group_name(node: Node) -> str:
 
 
 def reconcile(
-    nodes: Sequence[Node], launcher: Launcher, *, done: set[str], held: set[str]
+    nodes: Sequence[Node],
+    launcher: Launcher,
+    jobs: Mapping[str, Job],
+    *,
+    done: set[str],
+    held: set[str],
 ) -> tuple[dict[str, Job], dict[str, str]]:
-    """Submit what is missing; returns the adopted jobs and the new job ids, by node."""
-    jobs = launcher.poll()
+    """Submit what is missing; returns the adopted jobs and the new job ids, by node.
+
+    `jobs` is what the launcher's last poll said.
+    """
     alive = {name: job for name, job in jobs.items() if job.is_alive and name not in done}
     ids = {name: job.id for name, job in alive.items()}
     submitted: dict[str, str] = {}

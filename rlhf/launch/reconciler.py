@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from rlhf.artifacts import NodeDir
 from rlhf.config import Config
 from rlhf.errors import LauncherError
 from rlhf.launch.failures import (
-    CANCELLED,
     NODE_FAILURE,
     PARENT_FAILED,
     read_exits,
@@ -37,7 +36,7 @@ class Reconciler:
         self._config, self._nodes = config, {node.name: node for node in nodes}
         self._folder, self._launcher = folder, launcher
         self._started = time.time()
-        self._watched: dict[str, str] = {}
+        self._watched: set[str] = set()
         self._ends: Counter[tuple[str, str]] = Counter()
         self.held: dict[str, str] = {}
         """Nodes that failed and are not to be started again, and how they failed."""
@@ -45,44 +44,47 @@ class Reconciler:
     def once(self) -> tuple[dict[str, Job], dict[str, str]]:
         """Submit what is missing; returns adopted jobs and new job ids, by node."""
         with launch_lock(self._folder):
-            nodes = list(self._nodes.values())
-            alive, submitted = reconcile(
-                nodes, self._launcher, done=self._done(), held=set(self.held)
-            )
-        self._watched |= {name: job.id for name, job in alive.items()} | submitted
-        return alive, submitted
+            return self._submit(self._launcher.poll(), self._done())
 
     def follow(self, console: Console) -> None:
         """Submit, wait and retry by the policy until nothing is left that can run."""
         while True:
-            alive, submitted = self.once()
+            with launch_lock(self._folder):
+                # One look for both: a job that ends in between is judged before it is replaced.
+                jobs, done = self._launcher.poll(), self._done()
+                self._judge_ended(jobs, done, console)
+                alive, submitted = self._submit(jobs, done)
             for name, job in submitted.items():
                 console.print(f"{name}: job {job}", highlight=False)
             if not alive and not submitted:
                 return
             time.sleep(self._config.launcher.poll_seconds)
-            self._judge_ended(console)
 
     def _done(self) -> set[str]:
         return {name for name in self._nodes if NodeDir(self._folder / name).is_done()}
 
-    def _judge_ended(self, console: Console) -> None:
+    def _submit(
+        self, jobs: Mapping[str, Job], done: set[str]
+    ) -> tuple[dict[str, Job], dict[str, str]]:
+        nodes = list(self._nodes.values())
+        alive, submitted = reconcile(nodes, self._launcher, jobs, done=done, held=set(self.held))
+        self._watched |= {*alive, *submitted}
+        return alive, submitted
+
+    def _judge_ended(self, jobs: Mapping[str, Job], done: set[str], console: Console) -> None:
         """Hold the nodes whose job ended without a result more often than the policy allows."""
-        jobs, done = self._launcher.poll(), self._done()
-        for name in list(self._watched):
-            job = jobs.get(name)
-            if job is not None and job.is_alive:
-                continue
-            del self._watched[name]
+        ended = {name for name in self._watched if name not in jobs or not jobs[name].is_alive}
+        self._watched -= ended
+        for name in (name for name in self._nodes if name in ended):
             if name in done:
                 console.print(f"{name} is done", highlight=False)
                 continue
-            failure = self.failure_of(name, job)
+            failure = self.failure_of(name, jobs.get(name))
             if failure == PARENT_FAILED:
                 continue
             self._ends[name, failure] += 1
             allowed = getattr(self._config.launcher.retries, failure, 0)
-            again = failure != CANCELLED and self._ends[name, failure] <= allowed
+            again = self._ends[name, failure] <= allowed
             console.print(f"{name}: {failure}{', starting it again' if again else ''}")
             if not again:
                 self.held[name] = failure

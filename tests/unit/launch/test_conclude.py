@@ -1,0 +1,94 @@
+"""The end of a job: what is noted, and when the job goes back to the queue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf import compose
+from rlhf.config import Config
+from rlhf.launch.conclude import conclude
+from rlhf.launch.failures import read_exits
+from rlhf.processes import STOP
+
+
+@pytest.fixture(autouse=True)
+def no_request() -> object:
+    yield
+    STOP.signal = None
+
+
+@pytest.fixture
+def config() -> Config:
+    return compose.load(["recipe=quickstart", "launcher=slurm"])
+
+
+@pytest.fixture
+def requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with one line per call of a stand-in for scontrol."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return tmp_path / "calls"
+
+
+def job(**more: str) -> dict[str, str]:
+    return {"SLURM_JOB_ID": "41", **more}
+
+
+def test_outside_a_job_and_after_success_nothing_is_noted(tmp_path: Path, config: Config) -> None:
+    assert conclude(config, tmp_path, 1, {}) == 1
+    assert conclude(config, tmp_path, 0, job()) == 0
+    assert read_exits(tmp_path) == []
+
+
+def test_preemption_goes_back_to_the_queue(tmp_path: Path, config: Config, requeued: Path) -> None:
+    STOP.note(signal.SIGUSR1)
+    assert conclude(config, tmp_path, 75, job(SLURM_RESTART_COUNT="2")) == 0
+    assert requeued.read_text() == "requeue 41\n"
+    [entry] = read_exits(tmp_path)
+    assert (entry.job, entry.attempt, entry.code, entry.failure) == ("41", 2, 75, "preempted")
+
+
+@pytest.mark.parametrize(("left", "expected"), [(100, "time_limit"), (9000, "preempted")])
+def test_a_warning_near_the_limit_is_the_time_limit(
+    tmp_path: Path, config: Config, requeued: Path, left: int, expected: str
+) -> None:
+    STOP.note(signal.SIGUSR1)
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}
+    conclude(config, tmp_path, 75, job(**end))
+    assert read_exits(tmp_path)[0].failure == expected
+
+
+def test_a_cancelled_job_stays_cancelled(tmp_path: Path, config: Config, requeued: Path) -> None:
+    STOP.note(signal.SIGTERM)
+    assert conclude(config, tmp_path, 75, job()) == 75
+    assert not requeued.exists()
+    assert read_exits(tmp_path)[0].failure == "stopped"
+
+
+def test_the_policy_bounds_how_often(tmp_path: Path, config: Config, requeued: Path) -> None:
+    config.launcher.retries.error = 2
+    assert [conclude(config, tmp_path, 1, job()) for _ in range(3)] == [0, 0, 1]
+    assert requeued.read_text() == "requeue 41\n" * 2
+    # Another job starts counting anew.
+    assert conclude(config, tmp_path, 1, {"SLURM_JOB_ID": "42"}) == 0
+
+
+def test_bad_input_is_never_repeated(tmp_path: Path, config: Config, requeued: Path) -> None:
+    assert conclude(config, tmp_path, 2, job()) == 2
+    assert not requeued.exists()
+
+
+def test_a_job_that_cannot_be_requeued_keeps_its_exit_code(
+    tmp_path: Path, config: Config, requeued: Path
+) -> None:
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    STOP.note(signal.SIGUSR1)
+    assert conclude(config, tmp_path, 75, job()) == 75
