@@ -17,7 +17,7 @@ from rlhf.config import Config, LauncherKind
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
-from rlhf.errors import ConfigError
+from rlhf.errors import STOPPED_EXIT, ConfigError
 from rlhf.fingerprint import (
     PLAN_GROUPS,
     STAGES,
@@ -94,7 +94,10 @@ def stage(config: Config, node: str) -> int:
         write_versions(config, plan, folder)
         out.print(f"{node} is done in {folder / node}")
         return 0
-    out.print(runner.failure(config, plan.node(node), folder, code), markup=False)
+    if code == STOPPED_EXIT:
+        out.print(f"{node} saved its state and stopped on request")
+    else:
+        out.print(runner.failure(config, plan.node(node), folder, code), markup=False)
     return conclude(config, folder / node, code, os.environ)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
-import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf.config import Config
+from rlhf.errors import LauncherError
 from rlhf.launch.failures import (
     PREEMPTED,
     STOPPED,
@@ -20,12 +19,13 @@ from rlhf.launch.failures import (
     note_exit,
     read_exits,
 )
+from rlhf.launch.slurm import call
 from rlhf.processes import STOP
 from rlhf.state import log_tail
 
 log = logging.getLogger(__name__)
 
-JOB, ATTEMPT, END_TIME = "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME"
+JOB, ATTEMPT = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
 SPARE_SECONDS = 60
 """A warning this long before the announced one still belongs to the time limit."""
 
@@ -50,7 +50,7 @@ def conclude(config: Config, folder: Path, code: int, environment: Mapping[str, 
         return code
     failure = classify(code, log_tail(folder))
     if failure == STOPPED and STOP.signal == signal.SIGUSR1:
-        failure = TIME_LIMIT if _is_time_up(config, environment) else PREEMPTED
+        failure = TIME_LIMIT if _is_time_up(config, job) else PREEMPTED
     before = count_failures(read_exits(folder), job, failure)
     note_exit(folder, new_exit(job, attempt(environment), code, failure))
     if before >= getattr(config.launcher.retries, failure, 0):
@@ -59,21 +59,40 @@ def conclude(config: Config, folder: Path, code: int, environment: Mapping[str, 
     return 0 if _requeue(config, job) else code
 
 
-def _is_time_up(config: Config, environment: Mapping[str, str]) -> bool:
+def _is_time_up(config: Config, job: str) -> bool:
     """Tell whether a warning came because the time limit is near."""
-    end = environment.get(END_TIME)
-    if end is None:
-        # Older versions do not tell the job; without a limit there is nothing to run out of.
+    try:
+        left = call(
+            ["squeue", "--noheader", "--jobs", job, "--format=%L"], seconds=_patience(config)
+        )
+    except LauncherError as error:
+        log.warning("cannot ask for the time that is left: %s", error)
         return False
-    return int(end) - time.time() <= config.launcher.grace_seconds + SPARE_SECONDS
+    # Slurm warns up to a minute early; without a limit there is nothing to run out of.
+    seconds = clock_seconds(left.strip())
+    return seconds is not None and seconds <= config.launcher.grace_seconds + SPARE_SECONDS
+
+
+def clock_seconds(text: str) -> int | None:
+    """Read a time as Slurm writes it, such as 1-02:03:04 or 4:30; None for a word."""
+    days, dash, clock = text.rpartition("-")
+    try:
+        parts = [int(part) for part in clock.split(":")]
+        total = int(days) if dash else 0
+    except ValueError:
+        return None
+    hours, minutes, seconds = [0] * (3 - len(parts)) + parts
+    return ((total * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _requeue(config: Config, job: str) -> bool:
-    command = ["scontrol", "requeue", job]
-    seconds = config.launcher.slurm.call_seconds
     try:
-        subprocess.run(command, check=True, timeout=seconds, capture_output=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        call(["scontrol", "requeue", job], seconds=_patience(config))
+    except LauncherError as error:
         log.warning("job %s cannot be requeued (%s): `rlhf launch` starts it again", job, error)
         return False
     return True
+
+
+def _patience(config: Config) -> float:
+    return config.launcher.slurm.call_seconds

@@ -72,6 +72,16 @@ def classify(code: int, log_lines: list[str]) -> str:
     return BAD_INPUT if code == 2 else ERROR
 
 
+def why(own: str, scheduler: str) -> str:
+    """Return why a job ended, from its own word and its scheduler's ("" where one is silent).
+
+    The job knows best, but for who stopped it.
+    """
+    if own and not (own == STOPPED and scheduler):
+        return own
+    return scheduler
+
+
 def note_exit(folder: Path, entry: Exit) -> None:
     """Append an end to the node's exits.jsonl."""
     with (folder / EXITS).open("a", encoding="utf-8") as file:

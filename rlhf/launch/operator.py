@@ -16,7 +16,7 @@ from rich.console import Console
 from rlhf.artifacts import NodeDir, write_json
 from rlhf.config import Config, LauncherKind
 from rlhf.errors import ConfigError, LauncherError, StageError
-from rlhf.launch.failures import read_exits
+from rlhf.launch.failures import read_exits, why
 from rlhf.launch.jobs import Job, Launcher, next_submissions
 from rlhf.launch.reconciler import Reconciler
 from rlhf.launch.slurm import SlurmLauncher, check_template
@@ -147,7 +147,7 @@ def describe_job(job: Job | None) -> str:
 def failure_of(folder: Path, job: Job | None) -> str:
     """Return why a node that is not done and has no living job ended last, "" if it never did."""
     exits = read_exits(folder)
-    if job is not None and job.failure:
-        # The job's own word is more exact where it had one.
-        return exits[-1].failure if exits and exits[-1].job == job.id else job.failure
-    return exits[-1].failure if exits else ""
+    if job is None:
+        return exits[-1].failure if exits else ""
+    own = exits[-1].failure if exits and exits[-1].job == job.id else ""
+    return why(own, job.failure)

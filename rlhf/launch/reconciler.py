@@ -19,6 +19,7 @@ from rlhf.launch.failures import (
     PARENT_FAILED,
     read_exits,
     remedy,
+    why,
 )
 from rlhf.launch.jobs import Job, Launcher, reconcile
 from rlhf.nodes import Node
@@ -92,12 +93,9 @@ class Reconciler:
     def failure_of(self, name: str, job: Job | None) -> str:
         """Return why a node's last job ended: its own word, else the scheduler's."""
         exits = read_exits(self._folder / name)
-        if exits and exits[-1].time >= self._started:
-            return exits[-1].failure
-        if job is not None and job.failure:
-            return job.failure
-        # The scheduler has forgotten the job, or it ended well and its machine lost the files.
-        return NODE_FAILURE
+        own = exits[-1].failure if exits and exits[-1].time >= self._started else ""
+        # With no word at all the scheduler has forgotten the job, or lost the machine's files.
+        return why(own, job.failure if job else "") or NODE_FAILURE
 
     def failures(self) -> str:
         """Say which nodes failed, with the end of their logs and what to do."""

@@ -106,9 +106,17 @@ class SlurmLab:
         """Return a job's state, such as RUNNING."""
         return self.call("squeue", "-h", "--states=all", "-j", job, "-o", "%T").strip()
 
-    def release(self, job: str) -> None:
-        """Let a requeued job start now; Slurm alone would hold it back for two minutes."""
-        self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
+    def run_again(self, job: str) -> None:
+        """Let a requeued job start now; Slurm alone would hold it back for two minutes.
+
+        It may be held back once more when its first attempt is reported only later.
+        """
+
+        def is_running() -> bool:
+            self.call("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
+            return self.state(job) in ("RUNNING", "COMPLETED")
+
+        self.wait(is_running, f"job {job} to run again")
 
     def start_controller(self) -> None:
         """Start slurmctld, which puts itself into the background."""

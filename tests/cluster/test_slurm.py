@@ -22,7 +22,7 @@ from rlhf.state import read_progress
 
 pytestmark = pytest.mark.cluster
 
-LONG = ("toy.sft_rows=1600", "sft.epochs=2", "checkpoint.every_steps=20")
+LONG = ("toy.sft_rows=1600", "sft.epochs=4", "checkpoint.every_steps=20")
 """A supervised fine-tuning long enough to be hit in the middle."""
 SLURM = ("launcher=slurm", "launcher.grace_seconds=30", "launcher.slurm.call_seconds=10")
 START = 180
@@ -118,20 +118,19 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def launched(lab: SlurmLab, straight: Path, tmp_path: Path) -> Iterator[Launched]:
-    """The same fine-tuning on Slurm, past its first checkpoint and not at its end."""
+def launched(
+    request: pytest.FixtureRequest, lab: SlurmLab, straight: Path, tmp_path: Path
+) -> Iterator[Launched]:
+    """The same fine-tuning on Slurm; without a parameter past its first checkpoint."""
     shutil.copytree(straight / "store", tmp_path / "store")
     run = Launched(lab, tmp_path)
-    run.rlhf("launch", *SETTINGS, *LONG, *SLURM, *_extra(os.environ.get("PYTEST_CURRENT_TEST", "")))
-    run.wait_for_step("sft", 25)
-    assert not run.is_done("sft")
+    overrides = getattr(request, "param", ())
+    run.rlhf("launch", *SETTINGS, *LONG, *SLURM, *overrides)
+    if not overrides:
+        run.wait_for_step("sft", 25)
+        assert not run.is_done("sft")
     yield run
     run.rlhf("cancel")
-
-
-def _extra(test: str) -> list[str]:
-    # The shortest time limit that Slurm knows.
-    return ["resources.sft.time=1"] if "time_limit" in test else []
 
 
 def assert_same_as_straight(run: Launched, straight: Path) -> None:
@@ -155,19 +154,23 @@ def test_preemption_saves_requeues_and_ends_with_the_same_weights(
     assert [entry.failure for entry in read_exits(launched.folder / "sft")] == ["preempted"]
     # The job after it still waits for the same job.
     assert launched.states()["round-01/collect"] == "PENDING"
-    lab.release(job)
+    lab.run_again(job)
     launched.wait_until_done("sft")
     assert_same_as_straight(launched, straight)
 
 
+# The shortest limit that Slurm knows; it warns at once.
+@pytest.mark.parametrize("launched", [("resources.sft.time=1",)], indirect=True)
 def test_a_time_limit_saves_requeues_and_ends_with_the_same_weights(
     launched: Launched, straight: Path
 ) -> None:
     lab, job = launched.lab, launched.job("sft")
-    lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job", seconds=120)
-    assert [entry.failure for entry in read_exits(launched.folder / "sft")] == ["time_limit"]
+    exits = launched.folder / "sft"
+    lab.wait(lambda: read_exits(exits), "the end of the first attempt", seconds=START)
+    assert [entry.failure for entry in read_exits(exits)] == ["time_limit"]
+    lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job")
     lab.call("scontrol", "update", f"jobid={job}", "TimeLimit=30")
-    lab.release(job)
+    lab.run_again(job)
     launched.wait_until_done("sft")
     assert_same_as_straight(launched, straight)
 
@@ -191,7 +194,7 @@ def test_a_machine_that_goes_down_costs_no_checkpoint(launched: Launched, straig
     lab.call("scontrol", "update", f"nodename={machine}", "state=down", "reason=test")
     try:
         lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job")
-        lab.release(job)
+        lab.run_again(job)
         launched.wait_until_done("sft")
     finally:
         lab.call("scontrol", "update", f"nodename={machine}", "state=resume")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from rlhf import compose
 from rlhf.config import Config
-from rlhf.launch.conclude import conclude
+from rlhf.launch.conclude import clock_seconds, conclude
 from rlhf.launch.failures import read_exits
 from rlhf.processes import STOP
 
@@ -32,10 +31,16 @@ def requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file with one line per call of a stand-in for scontrol."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    (folder / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    program(tmp_path / "calls", "scontrol", f'echo "$@" >> {tmp_path}/calls')
+    program(tmp_path / "calls", "squeue", "echo UNLIMITED")
     return tmp_path / "calls"
+
+
+def program(calls: Path, name: str, text: str) -> None:
+    path = calls.parent / "bin" / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 def job(**more: str) -> dict[str, str]:
@@ -56,14 +61,25 @@ def test_preemption_goes_back_to_the_queue(tmp_path: Path, config: Config, reque
     assert (entry.job, entry.attempt, entry.code, entry.failure) == ("41", 2, 75, "preempted")
 
 
-@pytest.mark.parametrize(("left", "expected"), [(100, "time_limit"), (9000, "preempted")])
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [("1:40", "time_limit"), ("2:30:00", "preempted"), ("UNLIMITED", "preempted")],
+)
 def test_a_warning_near_the_limit_is_the_time_limit(
-    tmp_path: Path, config: Config, requeued: Path, left: int, expected: str
+    tmp_path: Path, config: Config, requeued: Path, left: str, expected: str
 ) -> None:
+    program(requeued, "squeue", f"echo {left}")
     STOP.note(signal.SIGUSR1)
-    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}
-    conclude(config, tmp_path, 75, job(**end))
+    conclude(config, tmp_path, 75, job())
     assert read_exits(tmp_path)[0].failure == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("59", 59), ("4:30", 270), ("2:00:01", 7201), ("1-00:00:00", 86400), ("INVALID", None)],
+)
+def test_times_as_slurm_writes_them(text: str, expected: int | None) -> None:
+    assert clock_seconds(text) == expected
 
 
 def test_a_cancelled_job_stays_cancelled(tmp_path: Path, config: Config, requeued: Path) -> None:
@@ -89,6 +105,6 @@ def test_bad_input_is_never_repeated(tmp_path: Path, config: Config, requeued: P
 def test_a_job_that_cannot_be_requeued_keeps_its_exit_code(
     tmp_path: Path, config: Config, requeued: Path
 ) -> None:
-    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    program(requeued, "scontrol", "exit 1")
     STOP.note(signal.SIGUSR1)
     assert conclude(config, tmp_path, 75, job()) == 75

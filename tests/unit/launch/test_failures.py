@@ -50,3 +50,17 @@ def test_ends_are_kept_in_order_and_counted_per_job_and_kind(tmp_path: Path) -> 
     assert [entry.job for entry in found] == ["1", "1", "1", "2"]
     assert count_failures(found, "1", "preempted") == 2
     assert count_failures(found, "2", "preempted") == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "scheduler", "expected"),
+    [
+        ("bad_input", "error", "bad_input"),
+        ("stopped", "cancelled", "cancelled"),
+        ("stopped", "", "stopped"),
+        ("", "time_limit", "time_limit"),
+        ("", "", ""),
+    ],
+)
+def test_the_job_knows_best_but_for_who_stopped_it(own: str, scheduler: str, expected: str) -> None:
+    assert failures.why(own, scheduler) == expected
