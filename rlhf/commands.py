@@ -27,9 +27,10 @@ from rlhf.fingerprint import (
     read_flat,
 )
 from rlhf.launch import operator
-from rlhf.launch.conclude import conclude, job_id
+from rlhf.launch.conclude import conclude
 from rlhf.launch.failures import PARENT_FAILED, remedy
 from rlhf.launch.ranks import MACHINE, is_rank, needs_srun, run_machines, run_node
+from rlhf.lease import current_job
 from rlhf.nodes import Node
 from rlhf.operate import changed_files, clean_run, export_version
 from rlhf.plan import Plan, waiting_batches
@@ -86,7 +87,7 @@ def stage(config: Config, node: str) -> int:
         arguments = [sys.executable, "-m", "rlhf.cli", *_stage_arguments(config, node)]
         code = run_machines(arguments, resources)
     else:
-        in_job = job_id(os.environ) is not None
+        in_job = bool(current_job()[0])
         code = run_node(config, plan, folder, node, stages=STAGES, supervise=in_job)
     if is_rank(os.environ) or MACHINE in os.environ:
         return code
@@ -98,7 +99,7 @@ def stage(config: Config, node: str) -> int:
         out.print(f"{node} saved its state and stopped on request")
     else:
         out.print(runner.failure(config, plan.node(node), folder, code), markup=False)
-    return conclude(config, folder / node, code, os.environ)
+    return conclude(config, folder / node, code)
 
 
 def launch(config: Config, *, dry_run: str) -> int:

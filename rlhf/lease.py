@@ -29,7 +29,10 @@ MISSED_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lease; `space` tells process namespaces and boots of one host apart."""
+    """Who holds a lease; `space` tells process namespaces and boots of one host apart.
+
+    `job` and `attempt` are those of the scheduler's job, "" and 0 without one.
+    """
 
     host: str
     space: str
@@ -38,6 +41,8 @@ class Holder:
     start: int
     token: str
     heartbeat: float
+    job: str = ""
+    attempt: int = 0
 
 
 def _read_link(path: str) -> str:
@@ -65,8 +70,19 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
+def current_job() -> tuple[str, int]:
+    """Return the Slurm job that this process belongs to and its attempt; "" and 0 without one."""
+    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def is_gone(holder: Holder, *, now: float) -> bool:
-    """Tell whether a holder's process has ended, or its heartbeat stayed away too long."""
+    """Tell whether a holder's process has ended, or its heartbeat stayed away too long.
+
+    A job has one attempt at a time, so its later attempt knows that the earlier one has ended.
+    """
+    job, attempt = current_job()
+    if job and job == holder.job and attempt > holder.attempt:
+        return True
     if holder.host == socket.gethostname() and platform.system() == "Linux":
         if holder.boot != boot_id():
             return True
@@ -132,7 +148,10 @@ class Lease:
                 self._write()
 
     def _write(self) -> None:
+        job, attempt = current_job()
         holder = Holder(
+            job=job,
+            attempt=attempt,
             host=socket.gethostname(),
             space=_read_link("/proc/self/ns/pid"),
             boot=boot_id(),

@@ -15,6 +15,7 @@ from tiny_run import EVERY_STEPS, TinyRun, link_or_copy, rows_without_time
 from rlhf.artifacts import (
     COMPLETE,
     KILL_VARIABLE,
+    STOP_VARIABLE,
     NodeDir,
     list_files,
     read_json,
@@ -115,10 +116,10 @@ class Workbench:
         (run.folder / "run.yaml").write_text(freeze(run.config), encoding="utf-8")
         return run
 
-    def run(self, run: TinyRun, name: str, *, kill: str = "") -> int:
+    def run(self, run: TinyRun, name: str, *, kill: str = "", stop: str = "") -> int:
         """Run a node in a process of its own; returns its exit code, -9 when it was killed."""
         self._server.run_dir = run.folder
-        self._server.start(name, environment={KILL_VARIABLE: kill})
+        self._server.start(name, environment={KILL_VARIABLE: kill, STOP_VARIABLE: stop})
         ended, code = self._server.wait(lambda: None)
         assert ended == name
         return code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf.config import Config
@@ -20,39 +19,29 @@ from rlhf.launch.failures import (
     read_exits,
 )
 from rlhf.launch.slurm import call
+from rlhf.lease import current_job
 from rlhf.processes import STOP
 from rlhf.state import log_tail
 
 log = logging.getLogger(__name__)
 
-JOB, ATTEMPT = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
 SPARE_SECONDS = 60
 """A warning this long before the announced one still belongs to the time limit."""
 
 
-def job_id(environment: Mapping[str, str]) -> str | None:
-    """Return the Slurm job this process belongs to, if it belongs to one."""
-    return environment.get(JOB)
-
-
-def attempt(environment: Mapping[str, str]) -> int:
-    """Return how often this job was started again."""
-    return int(environment.get(ATTEMPT, "0"))
-
-
-def conclude(config: Config, folder: Path, code: int, environment: Mapping[str, str]) -> int:
+def conclude(config: Config, folder: Path, code: int) -> int:
     """Note how the node of a Slurm job ended, and requeue the job where the policy says so.
 
     Returns the exit code of the job: 0 once it is requeued, for it has not failed.
     """
-    job = job_id(environment)
-    if job is None or code == 0:
+    job, attempt = current_job()
+    if not job or code == 0:
         return code
     failure = classify(code, log_tail(folder))
     if failure == STOPPED and STOP.signal == signal.SIGUSR1:
         failure = TIME_LIMIT if _is_time_up(config, job) else PREEMPTED
     before = count_failures(read_exits(folder), job, failure)
-    note_exit(folder, new_exit(job, attempt(environment), code, failure))
+    note_exit(folder, new_exit(job, attempt, code, failure))
     if before >= getattr(config.launcher.retries, failure, 0):
         return code
     print(f"{failure}: job {job} goes back to the queue", flush=True)

@@ -126,3 +126,15 @@ def wait_until(ready: object) -> None:
     while not ready():
         assert time.monotonic() < end, "gave up waiting"
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("job", "attempt", "gone"), [("7", 2, True), ("7", 1, False), ("8", 5, False), ("", 0, False)]
+)
+def test_a_later_attempt_of_a_job_takes_over_from_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, attempt: int, gone: bool
+) -> None:
+    earlier = replace(held(tmp_path), host="elsewhere", job="7", attempt=1)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+    assert is_gone(earlier, now=time.time()) is gone

@@ -16,7 +16,9 @@ from rlhf.processes import STOP
 
 
 @pytest.fixture(autouse=True)
-def no_request() -> object:
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     yield
     STOP.signal = None
 
@@ -43,19 +45,18 @@ def program(calls: Path, name: str, text: str) -> None:
     path.chmod(0o755)
 
 
-def job(**more: str) -> dict[str, str]:
-    return {"SLURM_JOB_ID": "41", **more}
-
-
-def test_outside_a_job_and_after_success_nothing_is_noted(tmp_path: Path, config: Config) -> None:
-    assert conclude(config, tmp_path, 1, {}) == 1
-    assert conclude(config, tmp_path, 0, job()) == 0
+def test_outside_a_job_and_after_success_nothing_is_noted(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert conclude(config, tmp_path, 0) == 0
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert conclude(config, tmp_path, 1) == 1
     assert read_exits(tmp_path) == []
 
 
 def test_preemption_goes_back_to_the_queue(tmp_path: Path, config: Config, requeued: Path) -> None:
     STOP.note(signal.SIGUSR1)
-    assert conclude(config, tmp_path, 75, job(SLURM_RESTART_COUNT="2")) == 0
+    assert conclude(config, tmp_path, 75) == 0
     assert requeued.read_text() == "requeue 41\n"
     [entry] = read_exits(tmp_path)
     assert (entry.job, entry.attempt, entry.code, entry.failure) == ("41", 2, 75, "preempted")
@@ -70,7 +71,7 @@ def test_a_warning_near_the_limit_is_the_time_limit(
 ) -> None:
     program(requeued, "squeue", f"echo {left}")
     STOP.note(signal.SIGUSR1)
-    conclude(config, tmp_path, 75, job())
+    conclude(config, tmp_path, 75)
     assert read_exits(tmp_path)[0].failure == expected
 
 
@@ -84,21 +85,24 @@ def test_times_as_slurm_writes_them(text: str, expected: int | None) -> None:
 
 def test_a_cancelled_job_stays_cancelled(tmp_path: Path, config: Config, requeued: Path) -> None:
     STOP.note(signal.SIGTERM)
-    assert conclude(config, tmp_path, 75, job()) == 75
+    assert conclude(config, tmp_path, 75) == 75
     assert not requeued.exists()
     assert read_exits(tmp_path)[0].failure == "stopped"
 
 
-def test_the_policy_bounds_how_often(tmp_path: Path, config: Config, requeued: Path) -> None:
+def test_the_policy_bounds_how_often(
+    tmp_path: Path, config: Config, requeued: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config.launcher.retries.error = 2
-    assert [conclude(config, tmp_path, 1, job()) for _ in range(3)] == [0, 0, 1]
+    assert [conclude(config, tmp_path, 1) for _ in range(3)] == [0, 0, 1]
     assert requeued.read_text() == "requeue 41\n" * 2
     # Another job starts counting anew.
-    assert conclude(config, tmp_path, 1, {"SLURM_JOB_ID": "42"}) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert conclude(config, tmp_path, 1) == 0
 
 
 def test_bad_input_is_never_repeated(tmp_path: Path, config: Config, requeued: Path) -> None:
-    assert conclude(config, tmp_path, 2, job()) == 2
+    assert conclude(config, tmp_path, 2) == 2
     assert not requeued.exists()
 
 
@@ -107,4 +111,4 @@ def test_a_job_that_cannot_be_requeued_keeps_its_exit_code(
 ) -> None:
     program(requeued, "scontrol", "exit 1")
     STOP.note(signal.SIGUSR1)
-    assert conclude(config, tmp_path, 75, job()) == 75
+    assert conclude(config, tmp_path, 75) == 75
