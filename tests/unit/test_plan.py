@@ -283,3 +283,26 @@ def test_symbols_are_split() -> None:
     assert parse_symbol("model") == ("model", "")
     assert parse_symbol("promoted(3)") == ("promoted", "3")
     assert parse_symbol("output(round-01/reward-safety)") == ("output", "round-01/reward-safety")
+
+
+def test_sampling_jobs_share_the_work_of_a_rejection_node_and_stay_as_the_round_began() -> None:
+    schedule = "rounds.schedule=[rejection]"
+    plan = plan_of(schedule, "rounds.sampling_jobs=2", batches=("w1",))
+    shards = [plan.node(f"round-01/sample-{number}") for number in range(2)]
+    merge = plan.node("round-01/rejection")
+    assert [dict(node.options) for node in shards] == [
+        {"shard": number, "of": 2, "for": merge.name} for number in range(2)
+    ]
+    assert {node.name for node in shards} < set(merge.after)
+    assert inputs(plan, merge.name)["sampled_1"] == "node(round-01/sample-1)"
+    assert shards[0].after == shards[1].after
+    # Nothing but the sampling differs from a round without such jobs.
+    alone = plan_of(schedule, batches=("w1",))
+    assert [node for node in plan.nodes if node.stage != "sample"] == [
+        node if node.name != merge.name else merge for node in alone.nodes
+    ]
+
+    later = plan_of(schedule, "rounds.sampling_jobs=3", batches=("w1", "w2"), previous=plan)
+    assert [item.sampling_jobs for item in later.rounds] == [2, 3]
+    assert Plan.from_json(later.to_json()) == later
+    assert names(plan_of("rounds.sampling_jobs=2", batches=("w1", "w2")), 2)[2] == "ppo"

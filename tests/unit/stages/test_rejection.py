@@ -1,6 +1,7 @@
 """The rejection stage on a micro policy and two micro reward models."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from rlhf.inference.best_of import choose_prompts
 from rlhf.inference.scoring import HfScorer
 from rlhf.inference.winners import choose_winner
 from rlhf.models.loading import load_reward_model
-from rlhf.nodes import NodeContext
-from rlhf.stages import rejection
+from rlhf.nodes import NodeContext, node_seed
+from rlhf.stages import rejection, sample
 
 FILES = {
     "metrics.jsonl",
@@ -267,3 +268,46 @@ def test_no_winner_at_all_is_refused(made: Config, models: dict[str, str], tmp_p
     models["policy"] = micro_ppo.save_finishing_policy(tmp_path / "endless", eos=-20.0)
     with pytest.raises(StageError, match=r"none of 8 prompts.*max_new_tokens"):
         rejection.run(node(made, models))
+
+
+def sampled(config: Config, models: dict[str, str], shard: int, of: int) -> NodeContext:
+    """Return a sample node of two that work for the rejection node of `node`."""
+    context = micro_stages.context(
+        config,
+        name=f"round-02/sample-{shard}",
+        stage="sample",
+        models={role: path for role, path in models.items() if role != "init"},
+        data=[("prompts", "some", 0)],
+        round=2,
+        options={"shard": shard, "of": of, "for": "round-02/rejection"},
+        seed=99 + shard,
+    )
+    sample.run(context)
+    return context
+
+
+def test_the_parts_of_several_jobs_are_the_bits_of_one(
+    made: Config, models: dict[str, str]
+) -> None:
+    seed = node_seed(made.seed, "round-02/rejection")
+    alone = replace(node(made, models), seed=seed)
+    rejection.run(alone)
+    parts = [sampled(made, models, shard, 2).directory for shard in range(2)]
+    sizes = [len(read_jsonl(part.path / "responses.jsonl")) for part in parts]
+    assert sizes == [5, 3]  # shards of 3, 3 and 2 prompts, every second one
+
+    roles = {f"sampled_{n}": str(part.path) for n, part in enumerate(parts)}
+    merged = node(made, {**models, **roles}, name="round-02/merged")
+    rejection.run(replace(merged, seed=seed))
+    assert not (merged.directory.path / "shards").exists()
+    for file in ("winners.jsonl", "selection.json", "model/model.safetensors"):
+        found, wanted = merged.directory.path / file, alone.directory.path / file
+        assert found.read_bytes() == wanted.read_bytes(), file
+
+
+def test_a_missing_part_is_refused(made: Config, models: dict[str, str]) -> None:
+    part = sampled(made, models, 0, 2).directory
+    seed = node_seed(made.seed, "round-02/rejection")
+    merged = replace(node(made, {**models, "sampled_0": str(part.path)}), seed=seed)
+    with pytest.raises(StageError, match=r"no responses to 3 of 8 prompts, such as p\d+"):
+        rejection.run(merged)
