@@ -1,0 +1,316 @@
+"""The images and the compose file: what they promise, checked without a container engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dockerfile_steps import Build, Stage, read_stages, unknown_packages
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TARGETS = ("cpu", "cuda")
+SOURCE = {"conf", "jobs", "rlhf"}
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Stage]:
+    return read_stages(DOCKER / "Dockerfile")
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, Version]:
+    found = {}
+    for line in (DOCKER / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = re.fullmatch(r"([a-z0-9-]+)==([\w.]+)", line).groups()
+            assert name not in found, f"{name} is pinned twice"
+            assert name == canonicalize_name(name)
+            found[name] = Version(version)
+    return found
+
+
+def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that the dev extra installs beside this Python."""
+    path = Path(sys.executable).parent / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
+
+
+# Dockerfile
+
+
+def test_linter_finds_nothing() -> None:
+    done = tool("hadolint", "--no-color", str(DOCKER / "Dockerfile"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_linter_is_told_to_ignore_only_with_a_reason() -> None:
+    lines = (DOCKER / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    ignored = [number for number, line in enumerate(lines) if "hadolint ignore" in line]
+    assert {lines[number] for number in ignored} == {"# hadolint ignore=DL3008"}
+    assert "exact pin" in lines[ignored[0] - 1]
+
+
+def test_both_targets_exist_and_cpu_is_the_default(stages: dict[str, Stage]) -> None:
+    assert set(TARGETS) <= set(stages)
+    assert list(stages)[-1] == "cpu"
+
+
+def test_base_images_are_pinned_in_one_place(
+    stages: dict[str, Stage], pins: dict[str, Version]
+) -> None:
+    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    outside = {name: stage.base for name, stage in stages.items() if stage.base not in stages}
+    assert set(outside) == {"cpu-base", "cuda-base"}
+    for image in outside.values():
+        assert re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+-[a-z0-9.-]+(@sha256:[0-9a-f]{64})?", image)
+        assert text.count(image) == 1
+    python = re.match(r"python:([\d.]+)-", outside["cpu-base"]).group(1)
+    assert Version(python) in SpecifierSet(PROJECT["requires-python"])
+    cuda = re.match(r"nvidia/cuda:([\d.]+)-devel-", outside["cuda-base"]).group(1)
+    assert Version(cuda).release[:3] == pins["cuda-toolkit"].release[:3]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_runs_as_a_user_without_rights(target: str, stages: dict[str, Stage]) -> None:
+    stage = stages[target]
+    users = [step.values for step in stage.named("USER")]
+    assert users == [("${UID}:${UID}",)]
+    [uid] = [step.pairs()["UID"] for step in stage.named("ARG") if "UID" in step.pairs()]
+    assert int(uid) >= 10000
+    assert [step.name for step in stage.steps[-3:]] == ["USER", "ENTRYPOINT", "CMD"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_entry_point_labels_and_environment(target: str, stages: dict[str, Stage]) -> None:
+    stage = stages[target]
+    [entry], [command], [label], [env] = map(stage.named, ("ENTRYPOINT", "CMD", "LABEL", "ENV"))
+    assert entry.values == ("rlhf",)
+    assert command.values == ("--help",)
+    arguments = {key: value for step in stage.named("ARG") for key, value in step.pairs().items()}
+    assert arguments["VERSION"] == PROJECT["version"]
+    labels = label.pairs()
+    assert labels["org.opencontainers.image.licenses"] == PROJECT["license"]
+    assert labels["org.opencontainers.image.version"] == "${VERSION}"
+    assert labels["org.opencontainers.image.revision"] == "${REVISION}"
+    assert env.pairs()["HF_HUB_OFFLINE"] == "1"
+    assert env.pairs()["PATH"].startswith("${VENV}/bin:")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dependencies_come_before_the_source(target: str, stages: dict[str, Stage]) -> None:
+    steps = stages[f"{target}-build"].steps
+    copied = [(n, set(step.values[:-1])) for n, step in enumerate(steps) if step.name == "COPY"]
+    first_source = min(number for number, sources in copied if sources & SOURCE)
+    installs = [n for n, step in enumerate(steps) if "--requirement" in step.text]
+    assert installs == [n for n in installs if n < first_source] != []
+    before = set().union(*(sources for number, sources in copied if number < first_source))
+    assert before == {
+        "docker/constraints.txt",
+        "docker/requirements.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }
+    assert min(n for n, sources in copied if "README.md" in sources) > installs[0]
+    assert all("type=cache" in (step.flag("mount") or "") for step in steps if step.name == "RUN")
+
+
+def test_targets_differ_only_where_they_must(stages: dict[str, Stage]) -> None:
+    def others(name: str) -> set[str]:
+        return {step.text for step in stages[name].steps}
+
+    build = others("cpu-build") ^ others("cuda-build")
+    assert {text.partition("=")[0] for text in build} == {"ARG PIP_EXTRA_INDEX_URL"}
+
+    def settings(name: str) -> set[tuple[str, str]]:
+        steps = [step for step in stages[name].steps if step.name in ("LABEL", "ENV")]
+        return {pair for step in steps for pair in step.pairs().items()}
+
+    assert {key for key, _ in settings("cpu") ^ settings("cuda")} == {
+        "org.opencontainers.image.description",
+        "NVIDIA_VISIBLE_DEVICES",
+        "NVIDIA_DRIVER_CAPABILITIES",
+    }
+    different = others("cpu") ^ others("cuda")
+    assert {text for text in different if not text.startswith(("LABEL", "ENV"))} == {
+        f"COPY --from={name}-build ${{VENV}} ${{VENV}}" for name in TARGETS
+    }
+
+
+def test_builder_receives_what_is_copied_and_nothing_else(stages: dict[str, Stage]) -> None:
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [line for line in lines if not line.startswith("#")]
+    assert rules[0] == "*"
+    copied = {
+        source
+        for stage in stages.values()
+        for step in stage.named("COPY")
+        if not step.flag("from")
+        for source in step.values[:-1]
+    }
+    assert {rule.removeprefix("!") for rule in rules if rule.startswith("!")} == copied
+    assert all((ROOT / source).exists() for source in copied)
+
+
+# Pins
+
+
+def test_every_direct_dependency_has_a_pin_that_fits(pins: dict[str, Version]) -> None:
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *extras["vllm"], *extras["service"]]
+    for requirement in map(Requirement, lines):
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} has no pin in docker/constraints.txt"
+        assert pins[name] in requirement.specifier, f"{requirement} refuses {pins[name]}"
+
+
+def test_requirements_are_those_of_the_project() -> None:
+    script = [sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml")]
+    plain = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert plain.stdout.splitlines() == PROJECT["dependencies"]
+    more = subprocess.run([*script, "service"], capture_output=True, text=True, check=True)
+    service = PROJECT["optional-dependencies"]["service"]
+    assert more.stdout.splitlines() == [*PROJECT["dependencies"], *service]
+    wrong = subprocess.run([*script, "servce"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "no extra servce: choose from dev, service, vllm" in wrong.stderr
+
+
+# Compose
+
+
+def compose() -> dict[str, Any]:
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
+
+
+def test_compose_file_fits_the_official_schema() -> None:
+    file = str(DOCKER / "compose.yaml")
+    done = tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["rlhf", "rlhf-gpu"])
+def test_services_are_locked_down_and_keep_their_data(name: str, stages: dict[str, Stage]) -> None:
+    whole = compose()
+    service = whole["services"][name]
+    assert service["command"] == ["run", "recipe=quickstart"]
+    assert service["read_only"] is True
+    assert service["init"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["network_mode"] == "none"
+    assert service["tmpfs"][0].startswith("/tmp:")
+    assert service["shm_size"] == "2gb"
+    mounts = dict(text.split(":") for text in service["volumes"])
+    assert set(mounts) == set(whole["volumes"])
+    stage = stages[service["build"]["target"]]
+    [data] = [step.pairs()["DATA"] for step in stage.named("ARG") if "DATA" in step.pairs()]
+    assert set(mounts.values()) == {f"{data}/runs", f"{data}/store", f"{data}/home"}
+    assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}
+
+
+def test_only_the_gpu_profile_asks_for_a_device() -> None:
+    services = compose()["services"]
+    assert services["rlhf-gpu"]["profiles"] == ["gpu"]
+    [device] = services["rlhf-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert "profiles" not in services["rlhf"]
+    assert "reservations" not in services["rlhf"]["deploy"]["resources"]
+
+
+# The steps themselves
+
+
+@pytest.mark.slow
+def test_steps_of_the_cpu_target_build_a_working_command(
+    stages: dict[str, Stage], pins: dict[str, Version], tmp_path: Path
+) -> None:
+    """Carry out the cpu target's instructions in a temporary folder, then run its entry point.
+
+    Executed as written: every ARG, ENV, WORKDIR and COPY from the context, the virtual environment,
+    both pip installs. Not executed, because they would change this machine: apt-get (the packages'
+    existence is looked up in the distribution), useradd and chown (syntax and options). Stages
+    share one file system, so COPY --from only checks that something lies there; the build folder
+    is deleted before the command runs. torch comes from the index of this machine, not from
+    PIP_EXTRA_INDEX_URL's default. Base images, layers, caches, USER and volumes need an engine.
+    """
+    here = ("PIP_", "SSL_", "REQUESTS_", "HTTP", "http", "NO_PROXY", "no_proxy")
+    python = Path(os.path.realpath(sys.executable)).parent
+    outside = {
+        **{key: value for key, value in os.environ.items() if key.startswith(here)},
+        "PATH": f"{python}:/usr/local/bin:/usr/bin:/bin",
+        "HOME": os.environ["HOME"],
+    }
+    places = {key: str(tmp_path / key.lower()) for key in ("VENV", "BUILD", "DATA")}
+    index = os.environ.get("PIP_EXTRA_INDEX_URL", "")
+    build = Build(ROOT, tmp_path, {**places, "PIP_EXTRA_INDEX_URL": index}, outside)
+    build.run(stages["cpu-build"], stages)
+    assert build.workdir == tmp_path / "build"
+    shutil.rmtree(build.workdir)
+    build.env, build.checked = {}, []
+    build.run(stages["cpu"], stages)
+
+    assert [text.split()[0] for text in build.checked] == [
+        *("apt-get", "apt-get", "rm"),
+        *("useradd", "chown"),
+    ]
+    check_system_commands(build.checked, tmp_path / "apt")
+    env = {**build.env}
+    assert env["PATH"].startswith(f"{tmp_path}/venv/bin:")
+    [entry], [command] = map(stages["cpu"].named, ("ENTRYPOINT", "CMD"))
+
+    def call(*words: str) -> str:
+        done = subprocess.run(
+            words, cwd=build.workdir, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "usage: rlhf" in call(*entry.values, *command.values)
+    assert call(*entry.values, "--version") == f"rlhf {PROJECT['version']}\n"
+    assert "round-02/evaluate" in call(*entry.values, "plan", "recipe=quickstart")
+    assert "all needed parts are there" in call(*entry.values, "doctor")
+    assert sorted(path.name for path in build.workdir.iterdir()) == ["home", "runs", "store"]
+    assert not any((build.workdir / "runs").iterdir())
+    assert call("ninja", "--version")
+    where = "import rlhf; from torch.utils import cpp_extension as operators; "
+    where += "print(rlhf.__file__, operators.get_default_build_root())"
+    package, operators = call("python", "-c", where).split()
+    assert Path(package).is_relative_to(tmp_path / "venv")
+    assert Path(operators).is_relative_to(tmp_path / "data/home")
+    listed = call("python", "-m", "pip", "list", "--format=freeze", "--exclude=pip")
+    installed = dict(line.split("==") for line in listed.split())
+    installed = {canonicalize_name(name): version for name, version in installed.items()}
+    assert Version(installed.pop("rlhf")) == Version(PROJECT["version"])
+    loose = {name: v for name, v in installed.items() if Version(v.split("+")[0]) != pins.get(name)}
+    assert loose == {}
+
+
+def check_system_commands(commands: list[str], folder: Path) -> None:
+    """Look up the packages and options in the commands that are not executed."""
+    [packages] = [text.split()[2:] for text in commands if text.startswith("apt-get install")]
+    names = [word for word in packages if not word.startswith("-")]
+    assert names
+    if shutil.which("apt-get"):
+        assert unknown_packages(names, folder) == []
+    [useradd] = [text.split() for text in commands if text.startswith("useradd")]
+    if shutil.which("useradd"):
+        offered = subprocess.run(
+            ["useradd", "--help"], capture_output=True, text=True, check=False
+        ).stdout
+        assert [word for word in useradd if word.startswith("--") and word not in offered] == []
