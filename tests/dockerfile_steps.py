@@ -88,9 +88,12 @@ class Build:
     outside: dict[str, str]
     """Environment of the commands beyond what the Dockerfile sets."""
     env: dict[str, str] = field(default_factory=dict)
-    workdir: Path = Path("/")
+    workdir: Path = field(init=False)
     checked: list[str] = field(default_factory=list)
     executed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.workdir = self.root
 
     def run(self, stage: Stage, stages: Mapping[str, Stage]) -> None:
         """Carry out a stage's base, then the stage; a base outside the file gives nothing."""
