@@ -13,7 +13,7 @@ from rlhf.compose import load_frozen
 from rlhf.launch.slurm import SlurmLauncher
 from rlhf.state import read_progress
 
-SLURM = ("launcher=slurm", "launcher.grace_seconds=30", "launcher.slurm.call_seconds=10")
+SLURM = ("launcher=slurm", "launcher.grace_seconds=30", "launcher.slurm.call_seconds=5")
 START = 180
 """Longest wait for a node to import its libraries and take its first steps, in seconds."""
 
