@@ -111,7 +111,8 @@ def launch(config: Config, *, dry_run: str) -> int:
         operator.show_jobs(config, nodes, run_dir(config), out)
         return 0
     if kind is not LauncherKind.local:
-        operator.open_launcher(config)
+        # Without an answer nothing is written.
+        operator.open_launcher(config).poll()
     prepared = runner.prepare(config, out)
     write_versions(config, prepared.plan, prepared.folder)
     nodes = runner.within_limit(config, prepared.plan)
