@@ -169,8 +169,6 @@ class Kubernetes:
     """Kueue queue; null does not use Kueue."""
     jobset: bool = execution(False)
     """Render a JobSet instead of an Indexed Job for nodes on several machines."""
-    service_account: str = execution("rlhf")
-    """Service account of the controller, which may create jobs."""
     secrets: list[str] = execution([])
     """Secrets whose keys become environment variables, such as a tracking token."""
     gpu_resource: str = execution("nvidia.com/gpu")

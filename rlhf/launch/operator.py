@@ -18,6 +18,7 @@ from rlhf.config import Config, LauncherKind
 from rlhf.errors import ConfigError, LauncherError, StageError
 from rlhf.launch.failures import read_exits, why
 from rlhf.launch.jobs import Job, Launcher, next_submissions
+from rlhf.launch.kubernetes import KubernetesLauncher
 from rlhf.launch.reconciler import Reconciler
 from rlhf.launch.slurm import SlurmLauncher, check_template
 from rlhf.lease import process_start
@@ -32,6 +33,8 @@ def open_launcher(config: Config) -> Launcher:
     if config.launcher.kind is LauncherKind.slurm:
         check_template(config)
         return SlurmLauncher(config)
+    if config.launcher.kind is LauncherKind.kubernetes:
+        return KubernetesLauncher(config)
     raise ConfigError(
         f"launcher={config.launcher.kind.name} has no jobs of its own: choose launcher=slurm or "
         "launcher=kubernetes"
