@@ -6,6 +6,7 @@ the commit that changes tests/golden/kubernetes/.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from rlhf import compose
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Name of the golden file to nodes and overrides."""
 
 
+@cache
 def config_of(*overrides: str) -> Config:
     """Return the quickstart's configuration for a cluster."""
     return compose.load(["recipe=quickstart", *PLACE, *overrides])

@@ -32,7 +32,9 @@ def check(config: Config) -> None:
     )
     for name in ("runs", "store"):
         path = getattr(config.paths, name)
-        inside = PATH.fullmatch(path) is not None and PurePosixPath(mount) in PurePosixPath(path).parents
+        inside = (
+            PATH.fullmatch(path) is not None and PurePosixPath(mount) in PurePosixPath(path).parents
+        )
         remedy = f"pods see the volume {key}.claim={settings.claim} only: give a path below {mount}"
         require(inside, f"paths.{name}", path, remedy)
     image = settings.image
