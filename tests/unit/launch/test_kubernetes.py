@@ -653,9 +653,9 @@ def test_cancel_deletes_without_waiting_for_pods_that_save(cluster: Cluster) -> 
 def test_a_node_is_submitted_only_when_its_parents_are_done(cluster: Cluster) -> None:
     config = cases.config_of()
     nodes, launcher = nodes_of(config), open_launcher(config)
-    _, submitted = reconcile(nodes, launcher, done=set(), held=set())
+    _, submitted = reconcile(nodes, launcher, launcher.poll(), done=set(), held=set())
     assert list(submitted) == ["sft"]
-    _, submitted = reconcile(nodes, launcher, done={"sft"}, held=set())
+    _, submitted = reconcile(nodes, launcher, launcher.poll(), done={"sft"}, held=set())
     assert list(submitted) == ["round-01/collect"]
     assert launcher.orders_jobs is False
 
