@@ -341,7 +341,7 @@ EXCLUDED = (
     "wandb",
     MANIFEST,
 )
-"""Parts of a node folder that are not artifacts."""
+"""Parts of a node folder that are not artifacts; neither is anything hidden."""
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -349,7 +349,8 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] not in EXCLUDED and not path.name.startswith("."):
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and name.parts[0] not in EXCLUDED and not is_hidden:
             found[str(name)] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     return found
 

@@ -32,11 +32,11 @@ STAGE_GROUPS: Mapping[str, tuple[str, ...]] = {
         "evaluate.bootstrap_draws",
         "evaluate.unsafe_threshold",
     ),
-    "sample": ("model", "data", "rejection"),
-    "rejection": ("model", "data", "sft", "gate", "rejection"),
-    "ppo": ("model", "data", "gate", "ppo"),
-    "evaluate": ("model", "data", "toy", "gate", "evaluate"),
-    "collect": ("model", "data", "toy", "collect"),
+    "sample": ("model", "data", "rejection", "generator"),
+    "rejection": ("model", "data", "sft", "gate", "rejection", "generator"),
+    "ppo": ("model", "data", "gate", "ppo", "generator"),
+    "evaluate": ("model", "data", "toy", "gate", "evaluate", "generator"),
+    "collect": ("model", "data", "toy", "collect", "generator"),
 }
 """Groups, or single settings, that a stage may read; every stage also depends on `seed`."""
 

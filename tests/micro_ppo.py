@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from rlhf.artifacts import NodeDir
 from rlhf.config import Checkpoint, Compute, Config, Optimizer, Ppo, Sampling
 from rlhf.data.records import Message, Prompt
+from rlhf.inference.generation import HfGenerator
 from rlhf.models.actor_critic import ValueModel
 from rlhf.models.loading import save_model
 from rlhf.toy.model import CHAT_TEMPLATE
@@ -118,13 +119,16 @@ def roles(
     tokenizer: Any = None,
 ) -> SeparateRoles:
     policy = micro.policy(0, dtype)
+    policy = finishing(policy) if finishes else policy
+    tokenizer = tokenizer or micro.tokenizer()
     return SeparateRoles(
-        policy=finishing(policy) if finishes else policy,
+        policy=policy,
         critic=ValueModel(micro.scorer(1, dtype)),
         reference=micro.policy(reference_seed, dtype),
         start=None if reference_seed == 0 else micro.policy(0, dtype),
         scorers=(planted(helpfulness), planted(safety)),
-        tokenizer=tokenizer or micro.tokenizer(),
+        generator=HfGenerator(policy, tokenizer, max_length=made.model.max_length),
+        tokenizer=tokenizer,
         settings=made.model,
         temperature=made.ppo.sampling.temperature,
     )

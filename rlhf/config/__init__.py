@@ -10,6 +10,7 @@ from rlhf.config.base import (
     Annotators,
     CriticInit,
     Data,
+    Engine,
     JudgeData,
     KlEstimator,
     Lora,
@@ -38,7 +39,15 @@ from rlhf.config.cluster import (
     StageResources,
     Strategy,
 )
-from rlhf.config.run import Checkpoint, Compute, Config, Ingest, Rounds, Tracking
+from rlhf.config.run import (
+    Checkpoint,
+    Compute,
+    Config,
+    GeneratorSettings,
+    Ingest,
+    Rounds,
+    Tracking,
+)
 from rlhf.config.stages import (
     Collect,
     Evaluate,
@@ -62,8 +71,10 @@ __all__ = [
     "CriticInit",
     "Data",
     "Distributed",
+    "Engine",
     "Evaluate",
     "Gate",
+    "GeneratorSettings",
     "Ingest",
     "Judge",
     "JudgeData",

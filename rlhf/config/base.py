@@ -124,6 +124,14 @@ class OnBadRow(Enum):
     quarantine = auto()
 
 
+class Engine(Enum):
+    """What samples responses: transformers, vLLM beside the node, or a vLLM server."""
+
+    hf = auto()
+    vllm = auto()
+    vllm_server = auto()
+
+
 class TrackingMode(Enum):
     """Where metrics go besides metrics.jsonl."""
 

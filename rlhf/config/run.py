@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
 from rlhf.config.base import (
     Annotators,
     Data,
+    Engine,
     Model,
     OnBadRow,
     OnChange,
@@ -83,6 +85,52 @@ class Compute:
 
 
 @dataclass
+class GeneratorSettings:
+    """What samples responses in rejection sampling, PPO, evaluate and collect."""
+
+    engine: Engine = result(Engine.hf)
+    """hf, vllm (a process of the node's own) or vllm_server; their samples differ."""
+    url: str = execution("http://127.0.0.1:8000")
+    """Address of the server; beyond this machine it needs the token in RLHF_GENERATOR_TOKEN."""
+    timeout_seconds: float = execution(600.0)
+    """Longest wait for one answer of the server: a batch of responses, or a change of weights."""
+    gpu_memory_utilization: float = execution(0.4)
+    """Share of the GPU's memory that vLLM takes for weights and cache, beside the trainer."""
+    cpu_kv_cache_gib: float = execution(1.0)
+    """Memory of vLLM's cache on a machine without GPU."""
+
+    def __post_init__(self) -> None:
+        require(
+            _is_address(self.url),
+            "generator.url",
+            self.url,
+            "give scheme, host and port, such as http://127.0.0.1:8000",
+        )
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            "generator.gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "give a share in (0, 1]",
+        )
+        for name, value in (
+            ("timeout_seconds", self.timeout_seconds),
+            ("cpu_kv_cache_gib", self.cpu_kv_cache_gib),
+        ):
+            require(value > 0, f"generator.{name}", value, "give a value above 0")
+
+
+def _is_address(url: str) -> bool:
+    """Tell whether a URL is scheme, host and perhaps a port, and nothing else."""
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    rest = parts.username or parts.path.strip("/") or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and has_port and not rest
+
+
+@dataclass
 class Checkpoint:
     every_seconds: float = execution(60.0)
     """Longest time between checkpoints."""
@@ -145,6 +193,7 @@ class Config:
     ppo: Ppo = field(default_factory=Ppo)
     evaluate: Evaluate = field(default_factory=Evaluate)
     collect: Collect = field(default_factory=Collect)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     rounds: Rounds = field(default_factory=Rounds)
     compute: Compute = field(default_factory=Compute)
     distributed: Distributed = field(default_factory=Distributed)

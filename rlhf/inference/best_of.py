@@ -17,7 +17,8 @@ import torch
 from rlhf.artifacts import read_jsonl, write_jsonl
 from rlhf.data.ledger import Store
 from rlhf.data.records import AXES, Prompt
-from rlhf.inference.generation import HfGenerator, fitting, scoring_length
+from rlhf.inference.generation import fitting, scoring_length
+from rlhf.inference.generators import check_generator, open_generator
 from rlhf.inference.scoring import HfScorer
 from rlhf.inference.winners import Row, stratified
 from rlhf.models.loading import autocast, load_policy, load_reward_model, load_tokenizer
@@ -93,9 +94,10 @@ class _Workers:
     ) -> None:
         config, models = context.config, context.inputs.models
         self._context, self._device, self._seed = context, device, seed
+        check_generator(config)
         policy = load_policy(models["policy"].path, model=config.model, seed=seed)
-        self._generator = HfGenerator(
-            policy.to(device), tokenizer, max_length=config.model.max_length
+        self._generator = open_generator(
+            config, policy, tokenizer, scratch=context.directory.path, device=device
         )
         self._scorers = {}
         for axis in AXES:

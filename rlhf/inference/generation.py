@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,18 @@ class Generator(Protocol):
         keys: Sequence[str],
     ) -> list[list[Response]]:
         """Return `num_samples` responses per prompt; `keys[i]` seeds those of prompt i."""
+        ...
+
+
+Weights = Callable[[], Mapping[str, Tensor]]
+"""Gives a model's weights by the names that its folder has."""
+
+
+class PolicyGenerator(Generator, Protocol):
+    """A generator that can be given other weights of the same model."""
+
+    def update_weights(self, model: Any, weights: Weights) -> None:
+        """Answer with these weights from now on; `model` says how they are saved."""
         ...
 
 
@@ -118,6 +130,30 @@ def scoring_length(max_length: int, sampling: Sampling) -> int:
     return max_length + 2 * sampling.max_new_tokens
 
 
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[list[Message]], *, max_new_tokens: int, max_length: int
+) -> list[list[int]]:
+    """Return the tokens of each prompt; DataError for one that leaves no room for a response."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > max_length:
+            raise DataError(
+                f"prompt {index} has {len(ids)} tokens, which with max_new_tokens="
+                f"{max_new_tokens} is more than model.max_length={max_length}: "
+                "raise model.max_length or leave the prompt out"
+            )
+    return encoded
+
+
+def make_response(
+    tokenizer: Any, token_ids: list[int], *, prompt_index: int, sample_index: int
+) -> Response:
+    """Return a response with its text; it is finished iff its last token is EOS."""
+    finished = token_ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True)
+    return Response(prompt_index, sample_index, token_ids, text, finished)
+
+
 class HfGenerator:
     """Decodes with a Hugging Face causal language model; pad is never sampled."""
 
@@ -136,8 +172,12 @@ class HfGenerator:
     ) -> list[list[Response]]:
         """Return `num_samples` responses per prompt; raises DataError for an over-long prompt."""
         assert len(keys) == len(prompts), f"{len(prompts)} prompts need as many keys"
-        encoded = [encode_prompt(self._tokenizer, prompt) for prompt in prompts]
-        self._check_lengths(encoded, sampling.max_new_tokens)
+        encoded = encode_prompts(
+            self._tokenizer,
+            prompts,
+            max_new_tokens=sampling.max_new_tokens,
+            max_length=self._max_length,
+        )
         seeds = row_keys(keys, num_samples)
         found: list[list[Response]] = [[] for _ in prompts]
         for indices, samples in _batches(encoded, num_samples, sampling.batch_size):
@@ -145,24 +185,19 @@ class HfGenerator:
             written = self._decode([encoded[i] for i in indices], numbers, sampling.temperature)
             for row, token_ids in enumerate(written):
                 index = indices[row * len(indices) // len(written)]
-                found[index].append(self._response(index, len(found[index]), token_ids))
+                found[index].append(
+                    make_response(
+                        self._tokenizer,
+                        token_ids,
+                        prompt_index=index,
+                        sample_index=len(found[index]),
+                    )
+                )
         return found
 
-    def _check_lengths(self, encoded: Sequence[list[int]], max_new_tokens: int) -> None:
-        for index, ids in enumerate(encoded):
-            if len(ids) + max_new_tokens > self._max_length:
-                raise DataError(
-                    f"prompt {index} has {len(ids)} tokens, which with max_new_tokens="
-                    f"{max_new_tokens} is more than model.max_length={self._max_length}: "
-                    "raise model.max_length or leave the prompt out"
-                )
-
-    def _response(self, prompt_index: int, sample_index: int, token_ids: list[int]) -> Response:
-        finished = token_ids[-1] == self._tokenizer.eos_token_id
-        text = self._tokenizer.decode(
-            token_ids[:-1] if finished else token_ids, skip_special_tokens=True
-        )
-        return Response(prompt_index, sample_index, token_ids, text, finished)
+    def update_weights(self, model: Any, weights: Weights) -> None:
+        """Decode with the model itself, whose weights may change at any time."""
+        self._model = model
 
     @torch.no_grad()
     def _decode(

@@ -13,7 +13,8 @@ from rlhf.config import Model, Sampling
 from rlhf.data.chat import encode_prompt
 from rlhf.data.collate import pad_right
 from rlhf.data.records import Message
-from rlhf.inference.generation import HfGenerator, Response, scoring_length
+from rlhf.inference.generation import Generator, Response, scoring_length
+from rlhf.inference.generators import check_generator, open_generator
 from rlhf.inference.scoring import HfScorer, Scorer
 from rlhf.models.loading import (
     autocast,
@@ -55,13 +56,15 @@ class Version(Protocol):
 
 
 class HfVersion:
-    """A transformers model behind the `Version` protocol."""
+    """A transformers model behind the `Version` protocol; the generator holds the same weights."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, settings: Model) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, generator: Generator, settings: Model
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._settings = settings
-        self._generator = HfGenerator(model, tokenizer, max_length=settings.max_length)
+        self._generator = generator
 
     def fits(self, prompt: list[Message], *, max_new_tokens: int) -> bool:
         """Tell whether the prompt leaves room for a response of this length."""
@@ -119,11 +122,16 @@ class HfVersion:
 
 def open_version(context: NodeContext, role: str) -> Version:
     """Load the chat model of a role on the configured device."""
-    settings = context.config.model
+    config = context.config
+    check_generator(config)
     path = context.inputs.models[role].path
-    device = setup_torch(context.config.compute)
-    model = load_policy(path, model=settings, seed=context.seed).to(device)
-    return HfVersion(model, load_tokenizer(path), settings=settings)
+    device = setup_torch(config.compute)
+    model = load_policy(path, model=config.model, seed=context.seed).to(device)
+    tokenizer = load_tokenizer(path)
+    generator = open_generator(
+        config, model, tokenizer, scratch=context.directory.path, device=device
+    )
+    return HfVersion(model, tokenizer, generator=generator, settings=config.model)
 
 
 def open_scorer(context: NodeContext, role: str) -> Scorer:

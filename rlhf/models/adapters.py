@@ -128,6 +128,20 @@ class AdapterTrunk:
         with atomic_folder(folder) as temporary:
             self._wrapped.save_pretrained(temporary, selected_adapters=[POLICY])
 
+    def merged_weights(self, role: str) -> dict[str, Tensor]:
+        """Return the plain model's weights with a role's adapter folded in; nothing is changed."""
+        with torch.no_grad():
+            deltas = {
+                f"{name}.base_layer.weight": module.get_delta_weight(role)
+                for name, module in self.model.named_modules()
+                if isinstance(module, LoraLayer)
+            }
+            return {
+                name.replace(".base_layer.", "."): value + deltas[name] if name in deltas else value
+                for name, value in self.model.state_dict().items()
+                if ".lora_" not in name
+            }
+
     def merge(self) -> Any:
         """Fold the policy's adapter into the model, drop all others and return the plain model."""
         return self._wrapped.merge_and_unload(adapter_names=[POLICY])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from rlhf.data.prompts import keyed_order
 from rlhf.data.records import AXES, Prompt
 from rlhf.errors import ConfigError, StageError
 from rlhf.inference.generation import fitting, scoring_length
+from rlhf.inference.generators import check_generator, open_generator
 from rlhf.inference.scoring import HfScorer, Scorer
 from rlhf.models.actor_critic import ValueModel
-from rlhf.models.adapters import AdapterFolder, AdapterTrunk, common_base, load_head
+from rlhf.models.adapters import POLICY, AdapterFolder, AdapterTrunk, common_base, load_head
 from rlhf.models.loading import (
     load_policy,
     load_reward_model,
@@ -44,6 +46,7 @@ REVISION = 1
 def run(context: NodeContext) -> None:
     """Write model/ (with LoRA also adapter/), metrics.jsonl, samples.jsonl and ppo.json."""
     config, directory = context.config, context.directory
+    check_generator(config)
     device = setup_torch(config.compute)
     tokenizer = load_tokenizer(context.inputs.models["policy"].path)
     prompts, heldout, counts = _prompts(context, tokenizer)
@@ -138,6 +141,9 @@ def _separate_roles(
             _scorer(context, "reward_helpfulness", device),
             _scorer(context, "reward_safety", device),
         ),
+        generator=open_generator(
+            config, policy, tokenizer, scratch=context.directory.path, device=device
+        ),
         tokenizer=tokenizer,
         settings=settings,
         temperature=config.ppo.sampling.temperature,
@@ -168,6 +174,14 @@ def _adapter_roles(
         trunk=trunk,
         critic_head=load_head(paths["critic"], device=device),
         scorers={axis: (axis, load_head(paths[f"reward_{axis}"], device=device)) for axis in AXES},
+        generator=open_generator(
+            config,
+            model,
+            tokenizer,
+            scratch=context.directory.path,
+            device=device,
+            weights=partial(trunk.merged_weights, POLICY),
+        ),
         tokenizer=tokenizer,
         settings=config.model,
         temperature=config.ppo.sampling.temperature,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from rlhf.algo.masked import at_least_float32
 from rlhf.config import Model
 from rlhf.data.records import Message
-from rlhf.inference.generation import HfGenerator, Response
+from rlhf.inference.generation import PolicyGenerator, Response
 from rlhf.inference.scoring import HfScorer
 from rlhf.models.actor_critic import Measure, ResponseBatch, trunk_states
 from rlhf.models.adapters import POLICY, REFERENCE, AdapterScorer, AdapterTrunk
@@ -64,6 +65,7 @@ class AdapterRoles:
         trunk: AdapterTrunk,
         critic_head: nn.Module,
         scorers: Mapping[str, tuple[str, nn.Module]],
+        generator: PolicyGenerator,
         tokenizer: Any,
         settings: Model,
         temperature: float,
@@ -71,6 +73,7 @@ class AdapterRoles:
     ) -> None:
         self.tokenizer = tokenizer
         self._trunk, self._settings = trunk, settings
+        self._generator = generator
         self._measure = Measure(temperature, tokenizer.pad_token_id)
         trunk.copy(POLICY, REFERENCE)
         trunk.train(POLICY, CRITIC)
@@ -94,10 +97,7 @@ class AdapterRoles:
     @property
     def generator(self) -> PolicyOnTrunk:
         """Return the policy as a sampler."""
-        generator = HfGenerator(
-            self._trunk.model, self.tokenizer, max_length=self._settings.max_length
-        )
-        return PolicyOnTrunk(generator, self._trunk, self._settings)
+        return PolicyOnTrunk(self._generator, self._trunk, self._settings)
 
     def score(
         self, prompts: Sequence[list[Message]], responses: Sequence[str]
@@ -140,13 +140,14 @@ class AdapterRoles:
 
 @dataclass(frozen=True, slots=True)
 class PolicyOnTrunk:
-    """A generator that puts the policy's adapter to work first."""
+    """A generator that takes over the policy's adapter before each phase of sampling."""
 
-    generator: HfGenerator
+    generator: PolicyGenerator
     trunk: AdapterTrunk
     settings: Model
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[Response]]:
-        """Return what the generator returns."""
+        """Return what the generator returns, decoded in the configured precision."""
+        self.generator.update_weights(self.trunk.model, partial(self.trunk.merged_weights, POLICY))
         with self.trunk.role(POLICY), autocast(self.settings, self.trunk.model.device):
             return self.generator.generate(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf.config import Model
 from rlhf.data.records import Message
-from rlhf.inference.generation import HfGenerator, Response
+from rlhf.inference.generation import PolicyGenerator, Response
 from rlhf.inference.scoring import Scorer
 from rlhf.models.actor_critic import Measure, PolicyAndCritic, ResponseBatch, ValueModel
 from rlhf.models.loading import autocast
@@ -32,6 +32,7 @@ class SeparateRoles:
         reference: Any,
         start: Any | None,
         scorers: tuple[Scorer, Scorer],
+        generator: PolicyGenerator,
         tokenizer: Any,
         settings: Model,
         temperature: float,
@@ -42,7 +43,7 @@ class SeparateRoles:
         self._policy, self._critic, self._measure = policy, critic, measure
         self._reference, self._start = reference, start
         self._score_helpfulness, self._score_safety = scorers
-        self._settings = settings
+        self._generator, self._settings = generator, settings
         for frozen in (reference, start):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -54,10 +55,9 @@ class SeparateRoles:
         return device
 
     @property
-    def generator(self) -> Autocasting:
+    def generator(self) -> FollowingPolicy:
         """Return the policy as a sampler."""
-        generator = HfGenerator(self._policy, self.tokenizer, max_length=self._settings.max_length)
-        return Autocasting(generator, self._settings, self.device)
+        return FollowingPolicy(self._generator, self._policy, self._settings)
 
     def score(
         self, prompts: Sequence[list[Message]], responses: Sequence[str]
@@ -100,14 +100,15 @@ class SeparateRoles:
 
 
 @dataclass(frozen=True, slots=True)
-class Autocasting:
-    """A generator that decodes in the configured precision."""
+class FollowingPolicy:
+    """A generator that takes over the policy's weights before each phase of sampling."""
 
-    generator: HfGenerator
+    generator: PolicyGenerator
+    policy: Any
     settings: Model
-    device: torch.device
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[Response]]:
-        """Return what the generator returns."""
-        with autocast(self.settings, self.device):
+        """Return what the generator returns, decoded in the configured precision."""
+        self.generator.update_weights(self.policy, self.policy.state_dict)
+        with autocast(self.settings, self.policy.device):
             return self.generator.generate(*args, **kwargs)

@@ -46,6 +46,7 @@ def test_execution_only_fields_are_those_that_cannot_change_results() -> None:
     allowed = re.compile(
         r"(paths|compute|distributed|resources|launcher|checkpoint|tracking|ingest)\..*|.*micro_batch_size|recipe|run|on_change"
         r"|model\.(attention|gradient_checkpointing)"
+        r"|generator\.(url|timeout_seconds|gpu_memory_utilization|cpu_kv_cache_gib)"
     )
     found = [key for key, effect in effects().items() if effect == "execution"]
     assert [key for key in found if not allowed.fullmatch(key)] == []

@@ -11,6 +11,7 @@ from rlhf.artifacts import NodeDir
 from rlhf.config import Compute, Config, Evaluate, Model, Sampling
 from rlhf.data.chat import encode_prompt
 from rlhf.errors import ArtifactError
+from rlhf.inference.generation import HfGenerator
 from rlhf.inference.versions import HfVersion, open_scorer, open_version
 from rlhf.models.loading import save_model
 from rlhf.nodes import Inputs, ModelInput, Node, NodeContext
@@ -24,7 +25,9 @@ RESPONSES = [[20, 31, 1], [7], [9, 10, 11, 12, 13, 14, 1]]
 
 
 def version() -> HfVersion:
-    return HfVersion(policy(), tokenizer(), settings=Model(max_length=64))
+    model, settings = policy(), Model(max_length=64)
+    generator = HfGenerator(model, tokenizer(), max_length=settings.max_length)
+    return HfVersion(model, tokenizer(), generator=generator, settings=settings)
 
 
 def slow_logprob(prompt: list[dict[str, str]], response: list[int], temperature: float) -> float:
