@@ -153,8 +153,8 @@ def loop(
     )
 
 
-def save_finishing_policy(folder: Path, *, eos: float = 0.9, tokenizer: Any = None) -> str:
-    """Save a policy whose every fifth token or so is EOS; the higher `eos`, the more."""
+def finishing_policy(*, eos: float = 0.9, token: int = EOS) -> Any:
+    """Return a plain Llama whose every fifth token or so is EOS; the higher `eos`, the more."""
     policy = micro.policy(0)
     settings = policy.config
     settings.tie_word_embeddings = False
@@ -165,6 +165,11 @@ def save_finishing_policy(folder: Path, *, eos: float = 0.9, tokenizer: Any = No
         # Dimension 0 is the same large number after every token, so that it works as a bias.
         untied.model.embed_tokens.weight[:, 0] = 3.0
         untied.lm_head.weight[:, 0] = 0.0
-        untied.lm_head.weight[EOS, 0] = eos
-    save_model(untied.eval(), tokenizer or micro.tokenizer(), folder)
+        untied.lm_head.weight[token, 0] = eos
+    return untied.eval()
+
+
+def save_finishing_policy(folder: Path, *, eos: float = 0.9, tokenizer: Any = None) -> str:
+    """Save a finishing policy."""
+    save_model(finishing_policy(eos=eos), tokenizer or micro.tokenizer(), folder)
     return str(folder)
