@@ -27,11 +27,11 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-def policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def policy(seed: int = 0, dtype: torch.dtype = torch.float32, *, hidden_size: int = 32) -> Any:
     """Build a model of fixed sizes: a change of the toy world must not move a test's numbers."""
     sizes = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -153,9 +153,11 @@ def loop(
     )
 
 
-def finishing_policy(*, eos: float = 0.9, token: int = EOS) -> Any:
+def finishing_policy(
+    seed: int = 0, *, eos: float = 0.9, token: int = EOS, hidden_size: int = 32
+) -> Any:
     """Return a plain Llama whose every fifth token or so is EOS; the higher `eos`, the more."""
-    policy = micro.policy(0)
+    policy = micro.policy(seed, hidden_size=hidden_size)
     settings = policy.config
     settings.tie_word_embeddings = False
     untied = LlamaForCausalLM(settings)

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf import compose
-from rlhf.config import Config, LauncherKind, Strategy, leaves
+from rlhf.config import Config, Engine, LauncherKind, Strategy, leaves
 from rlhf.fingerprint import (
     PLAN_GROUPS,
     STAGE_GROUPS,
@@ -130,6 +130,21 @@ def test_every_launcher_composes(kind: LauncherKind) -> None:
     assert config_of("recipe=quickstart", f"launcher={kind.name}").launcher.kind is kind
 
 
+@pytest.mark.parametrize("engine", list(Engine))
+def test_every_generator_composes(engine: Engine) -> None:
+    assert config_of("recipe=quickstart", f"generator={engine.name}").generator.engine is engine
+
+
+def test_the_engine_is_a_result_of_every_stage_that_samples() -> None:
+    one = flat_config(config_of("recipe=quickstart"))
+    two = flat_config(config_of("recipe=quickstart", "generator=vllm", "generator.url=http://a:1"))
+    touched = {stage for stage in STAGE_GROUPS if relevant(stage, one) != relevant(stage, two)}
+    assert touched == {"sample", "rejection", "ppo", "evaluate", "collect"}
+    assert differences(relevant("ppo", one), relevant("ppo", two)) == [
+        "generator.engine: hf -> vllm"
+    ]
+
+
 def test_every_file_is_composed_by_a_test() -> None:
     known = {"run.yaml", "driver.yaml"}
     known |= {f"recipe/{name}.yaml" for name in compose.recipes()}
@@ -137,6 +152,7 @@ def test_every_file_is_composed_by_a_test() -> None:
     known |= {f"paper/{name}" for name in PAPER}
     known |= {f"distributed/{strategy.name}.yaml" for strategy in Strategy}
     known |= {f"launcher/{kind.name}.yaml" for kind in LauncherKind}
+    known |= {f"generator/{engine.name}.yaml" for engine in Engine}
     assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == known
 
 
