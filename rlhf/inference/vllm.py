@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -159,8 +159,8 @@ def publish(model: Any, weights: Weights, *, parent: Path, precision: Precision)
     target = parent / f".weights-{_digest(tensors)}.tmp"
     if target.exists():
         return target
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".weights-", suffix=".tmp", dir=parent))
+    temporary = parent / f".weights-{uuid4().hex}.tmp"
+    temporary.mkdir(parents=True)
     model.save_pretrained(temporary, state_dict=tensors)
     try:
         temporary.rename(target)

@@ -43,7 +43,7 @@ def test_an_engine_per_process_of_a_node_is_refused(monkeypatch: pytest.MonkeyPa
     check_generator(config(Engine.vllm))
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_generator(config(Engine.hf))
-    with pytest.raises(ConfigError, match="use generator.engine=vllm_server"):
+    with pytest.raises(ConfigError, match=r"use generator\.engine=vllm_server"):
         check_generator(config(Engine.vllm))
 
 

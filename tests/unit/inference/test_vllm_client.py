@@ -116,7 +116,7 @@ def test_refusals_are_not_repeated(
 def test_a_slow_server_is_not_asked_twice() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(StageError, match="generator.timeout_seconds=0.2"):
+        with pytest.raises(StageError, match=r"generator\.timeout_seconds=0\.2"):
             client(url, timeout_seconds=0.2).health()
 
 
