@@ -21,6 +21,9 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CPUS = 4
 """Cores of a virtual node; more than the machine has, because jobs of the tests mostly wait."""
 
+PATIENCE = 10.0
+"""Seconds between two requests to let a job start."""
+
 CONFIG = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -109,11 +112,16 @@ class SlurmLab:
     def run_again(self, job: str) -> None:
         """Let a requeued job start now; Slurm alone would hold it back for two minutes.
 
-        It may be held back once more when its first attempt is reported only later.
+        It may be held back once more when its first attempt is reported only later; asked too
+        often, the start moves on with every request and never comes.
         """
+        asked = 0.0
 
         def is_running() -> bool:
-            self.call("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
+            nonlocal asked
+            if time.monotonic() - asked > PATIENCE:
+                self.call("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
+                asked = time.monotonic()
             return self.state(job) in ("RUNNING", "COMPLETED")
 
         self.wait(is_running, f"job {job} to run again")
