@@ -142,6 +142,18 @@ class SlurmLab:
         (self.folder / "state" / f"node{i}").mkdir(parents=True, exist_ok=True)
         self.call("slurmd", "-N", f"node{i}")
 
+    def crash_node(self, name: str, process: int) -> None:
+        """End a virtual node's slurmd and everything above a process of its job, without warning.
+
+        The controller notices after SlurmdTimeout.
+        """
+        slurmd = int((self.folder / "run" / f"{name}.pid").read_text())
+        os.kill(slurmd, signal.SIGKILL)
+        while process not in (0, 1, slurmd):
+            parent = _parent(process)
+            os.kill(process, signal.SIGKILL)
+            process = parent
+
     def wait(self, condition: Callable[[], object], what: str, *, seconds: float = 60) -> None:
         """Wait until a condition holds; raises TimeoutError naming it."""
         deadline = time.monotonic() + seconds
@@ -212,6 +224,11 @@ def _free_ports(number: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def _parent(pid: int) -> int:
+    """Return the parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _is_alive(pid: int) -> bool:

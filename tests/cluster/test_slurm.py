@@ -108,17 +108,18 @@ def test_cancel_ends_the_jobs_and_launch_goes_on(launched: Launched, straight: P
     assert_same_as_straight(launched, straight)
 
 
-def test_a_machine_that_goes_down_costs_no_checkpoint(launched: Launched, straight: Path) -> None:
+def test_a_machine_that_dies_costs_no_checkpoint(launched: Launched, straight: Path) -> None:
     lab, job = launched.lab, launched.job("sft")
     machine = lab.call("squeue", "-h", "-j", job, "-o", "%N").strip()
-    lab.call("scontrol", "update", f"nodename={machine}", "state=down", "reason=test")
+    lab.crash_node(machine, _pid(launched.folder / "sft" / "lease.json"))
     try:
-        lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job")
+        lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job", seconds=120)
         lab.run_again(job)
+        assert lab.call("squeue", "-h", "-j", job, "-o", "%N").strip() != machine
         launched.wait_until_done("sft")
     finally:
-        # It may have come back by itself, as its slurmd never ended.
-        lab.call("scontrol", "update", f"nodename={machine}", "state=resume", check=False)
+        lab.start_node(int(machine.removeprefix("node")))
+        lab.wait(lambda: "down" not in lab.call("sinfo", "-h", "-o", "%t"), "the machine")
     assert_same_as_straight(launched, straight)
 
 
