@@ -143,10 +143,11 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, task_type: str, seed: int
         return get_peft_model(model, adapter)
 
 
-def merge_adapter(wrapped: Any, folder: Path) -> None:
-    """Write the adapter to `folder` and fold it into the wrapped model, in place."""
-    with atomic_folder(folder) as temporary:
-        wrapped.save_pretrained(temporary)
+def merge_adapter(wrapped: Any, folder: Path | None) -> None:
+    """Write the adapter to `folder`, if any, and fold it into the wrapped model, in place."""
+    if folder is not None:
+        with atomic_folder(folder) as temporary:
+            wrapped.save_pretrained(temporary)
     wrapped.merge_and_unload()
 
 

@@ -5,6 +5,8 @@ Deviations from transformers' training loop, all for exactness:
   by a count over the whole step, so 1 x 8 equals 8 x 1, incomplete last batches included.
 - The order of all epochs is computed before the first step; resuming skips the steps that are done.
 - A checkpoint appears by a rename when all of its files are on disk; no model card, no hub.
+- Processes share the rows of each step; a loss divided by the step's counts adds up over them as
+  it does over micro-batches. ZeRO and FSDP come as engines, which the loop takes for an optimizer.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +30,30 @@ from rlhf.artifacts import NodeDir, Saved, digest_json
 from rlhf.config import Config, Optimizer, Precision
 from rlhf.errors import ArtifactError, StageError
 from rlhf.models.loading import add_adapter, merge_adapter
+from rlhf.models.shells import fill, take_over
+from rlhf.training.engines import Engine, open_engine
+from rlhf.training.layout import check_conditions, conditions, is_shared
 from rlhf.training.optim import build_optimizer, build_schedule
+from rlhf.training.ppo_state import save_weights
 
 log = logging.getLogger(__name__)
 
 Micro = dict[str, Tensor]
 """One micro-batch, right-padded."""
+OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
+"""Files of a checkpoint, as transformers names them."""
+
+
+class StepBatch(NamedTuple):
+    """This process's micro-batches of one optimizer step, and the counts of the whole step.
+
+    All processes make the same number of passes, because their gradients meet in each; whoever has
+    too few rows fills up with ghosts, micro-batches that count for nothing.
+    """
+
+    micros: list[Micro]
+    num_ghosts: int
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +102,16 @@ class StepTrainer:
         self._steps = steps
         self._directory = directory
         self._config = config
+        self._processes = directory.processes
+        self._engine: Engine | None = None
         self._step_sums: dict[str, float] = {}
-        self._tokens = self._tokens_logged = 0
+        self._is_ghost = False
+        self._step_tokens = self._tokens = 0
         self._last_step = 0
         self._last_save = self._step_start = time.monotonic()
         super().__init__(*args, **kwargs)
-        assert self.args.world_size == 1, "these trainers run in one process"
+        size = self._processes.size
+        assert self.args.world_size == self.accelerator.num_processes == size, "unconnected"
 
     args: Any
     accelerator: Any
@@ -107,14 +133,24 @@ class StepTrainer:
         """Return the micro-batch's share of the step's loss, a scalar."""
         raise NotImplementedError
 
-    def cut(self, rows: list[dict[str, Any]]) -> list[Micro]:
-        """Cut the rows of one optimizer step into micro-batches."""
+    def cut(self, rows: list[dict[str, Any]]) -> StepBatch:
+        """Cut this process's share of one optimizer step into micro-batches."""
+        counts = self.counts(self._micros(rows))
+        own = self._processes.share(rows)
+        micros = self._micros(own)
+        largest_share = math.ceil(len(rows) / self._processes.size)
+        passes = math.ceil(largest_share / self._steps.micro_batch_size)
+        ghosts = [self.collate(rows[:1])] * (passes - len(micros))
+        return StepBatch([*micros, *ghosts], len(ghosts), counts)
+
+    def _micros(self, rows: list[dict[str, Any]]) -> list[Micro]:
         size = self._steps.micro_batch_size
         return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add to a metric of the current step; micro-batches add up."""
-        self._step_sums[name] = self._step_sums.get(name, 0.0) + float(value.detach())
+        """Add to a metric of the current step; micro-batches and processes add up."""
+        share = 0.0 if self._is_ghost else float(value.detach())
+        self._step_sums[name] = self._step_sums.get(name, 0.0) + share
 
     def run(self) -> None:
         """Train all steps, from the newest complete checkpoint if there is one."""
@@ -131,26 +167,17 @@ class StepTrainer:
                 f"{saved.path} was written for other rows or another batch size; "
                 f"delete {self._directory.checkpoints} to start over"
             )
-        for name, value in self._exactness().items():
-            if state[name] != value:
-                log.warning(
-                    "%s was %s and is now %s: the last digits may differ from an uninterrupted run",
-                    name,
-                    state[name],
-                    value,
-                )
-        self._tokens = self._tokens_logged = state["tokens"]
+        check_conditions(saved, self._conditions(), self._directory)
+        self._tokens = state["tokens"]
         self._last_step = saved.step
         log.info("continuing at step %d of %d", saved.step, len(self._steps.order))
 
     def _order_digest(self) -> str:
         return digest_json(self._steps.order)
 
-    def _exactness(self) -> dict[str, int]:
-        return {
-            "num_threads": torch.get_num_threads(),
-            "micro_batch_size": self._steps.micro_batch_size,
-        }
+    def _conditions(self) -> dict[str, Any]:
+        here = conditions(self._config, self._processes)
+        return {"micro_batch_size": self._steps.micro_batch_size, **here}
 
     # What follows overrides transformers.Trainer.
 
@@ -172,18 +199,73 @@ class StepTrainer:
             )
         return self.lr_scheduler
 
-    def training_step(self, model: Any, inputs: list[Micro], num_items_in_batch: Any = None) -> Any:
-        """Accumulate the gradient of one optimizer step; returns its loss."""
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        """Hand the model to an engine where one is wanted; its weights are read already."""
+        if not is_shared(self._config, self._processes):
+            prepared: tuple[Any, Any] = super()._prepare_for_training(  # type: ignore[misc]
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+            return prepared
+        settings = self._steps.optimizer
+        engine = open_engine(
+            self.model,
+            lambda model: build_optimizer(model, settings),
+            config=self._config,
+            processes=self._processes,
+            device=self.args.device,
+            max_grad_norm=settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf,
+        )
+        self._engine = self.optimizer = engine
+        self.model_wrapped = engine.model
+        self.create_scheduler(max_steps, engine.optimizer)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            engine.load(folder / OPTIMIZER)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULE, weights_only=True))
+        return engine.model, train_dataloader
+
+    def training_step(self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None) -> Any:
+        """Accumulate the gradient of one optimizer step; returns this process's part of the loss."""
         model.train()
-        counts = self.counts(inputs)
         loss = torch.zeros((), device=self.args.device)
-        for micro in inputs:
-            self._tokens += int(micro["attention_mask"].sum())
+        num_real = len(inputs.micros) - inputs.num_ghosts
+        for index, micro in enumerate(inputs.micros):
+            is_last = index == len(inputs.micros) - 1
+            self._is_ghost = index >= num_real
+            self._processes.passed(
+                f"forward and backward pass {index + 1} of step {self.state.global_step + 1}"
+            )
             on_device = {name: value.to(self.args.device) for name, value in micro.items()}
-            micro_loss = self.micro_loss(model, on_device, counts)
-            self.accelerator.backward(micro_loss)
-            loss += micro_loss.detach()
+            with self._accumulating(model, is_last=is_last):
+                micro_loss = self.micro_loss(model, on_device, inputs.counts)
+                # Processes average their gradients; this loss is a share of the whole step's.
+                self._backward(micro_loss * (0 if self._is_ghost else self._processes.size))
+            if not self._is_ghost:
+                self._step_tokens += int(micro["attention_mask"].sum())
+                loss += micro_loss.detach()
         return loss
+
+    def _accumulating(self, model: Any, *, is_last: bool) -> AbstractContextManager[None]:
+        if self._engine is not None:
+            return self._engine.micro_batch(is_last=is_last)
+        return nullcontext() if is_last else self.accelerator.no_sync(model)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._engine is not None:
+            self._engine.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._processes.passed(f"gradient of step {self.state.global_step + 1}")
+        return super()._clip_grad_norm(model) if self._engine is None else self._engine.clip()  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._engine is not None:
+            return self._engine.clip()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Count nothing: cost is estimated from the plan."""
@@ -203,13 +285,22 @@ class StepTrainer:
         if step == self._last_step:
             return
         self._last_step = step
-        loss = float(tr_loss)
+        loss = self._sum_over_processes(step, float(tr_loss))
         tr_loss.zero_()
         self._refuse_divergence(step, loss=loss, grad_norm=float(grad_norm))
         self._write_row(step, loss=loss, grad_norm=float(grad_norm), lr=learning_rate)
         if self._directory.save_now(step, is_due=self._checkpoint_is_due(step)):
             self._save_checkpoint()
         self._directory.step(step, self.state.max_steps)
+
+    def _sum_over_processes(self, step: int, loss: float) -> float:
+        """Make the step's sums those of all processes, the same in each; returns the loss."""
+        names = sorted(self._step_sums)
+        own = [loss, float(self._step_tokens), *(self._step_sums[name] for name in names)]
+        loss, tokens, *sums = self._processes.sum(own, f"metrics of step {step}")
+        self._step_tokens = int(tokens)
+        self._step_sums = dict(zip(names, sums, strict=True))
+        return loss
 
     def _refuse_divergence(self, step: int, *, loss: float, grad_norm: float) -> None:
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
@@ -223,7 +314,8 @@ class StepTrainer:
     def _write_row(self, step: int, *, loss: float, grad_norm: float, lr: float) -> None:
         now = time.monotonic()
         seconds, self._step_start = now - self._step_start, now
-        tokens, self._tokens_logged = self._tokens - self._tokens_logged, self._tokens
+        tokens, self._step_tokens = self._step_tokens, 0
+        self._tokens += tokens
         row = {
             "step": step,
             metrics.TRAIN_LOSS: loss,
@@ -243,13 +335,29 @@ class StepTrainer:
         return by_steps or time.monotonic() - self._last_save >= every.every_seconds
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
-        state = {"tokens": self._tokens, "order": self._order_digest(), **self._exactness()}
+        state = {"tokens": self._tokens, "order": self._order_digest(), **self._conditions()}
         with self._directory.checkpoint(self.state.global_step, state) as folder:
-            self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
-            self._save_optimizer_and_scheduler(str(folder))  # type: ignore[attr-defined]
+            if self._engine is None:
+                self.save_model(str(folder), _internal_call=True)  # type: ignore[attr-defined]
+                self._save_optimizer_and_scheduler(str(folder))  # type: ignore[attr-defined]
+            else:
+                self._save_shared(self._engine, folder)
             self._save_rng_state(str(folder))  # type: ignore[attr-defined]
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            if self._processes.is_main:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
         self._last_save = time.monotonic()
+
+    def _save_shared(self, engine: Engine, folder: Path) -> None:
+        weights = engine.weights()
+        if self._processes.is_main:
+            save_weights(folder / "model.safetensors", weights)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULE)
+        del weights
+        engine.save(folder / OPTIMIZER)
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Return the weights that an engine has trained, in every process; None without one."""
+        return None if self._engine is None else self._engine.weights()
 
 
 def train_in_place(
@@ -266,10 +374,17 @@ def train_in_place(
     With model.lora.enabled only an adapter is trained; it is written to adapter/ and merged, so the
     caller holds a plain trained model either way. Returns in eval mode.
     """
-    if config.model.lora.enabled:
+    if is_shared(config, directory.processes):
+        twin = take_over(model)
+        trainer = build(twin)
+        trainer.run()
+        weights = trainer.whole_weights()
+        assert weights is not None, "the engine opens when the training starts"
+        fill(model, weights)
+    elif config.model.lora.enabled:
         wrapped = add_adapter(model, config.model.lora, task_type=task_type, seed=seed)
         build(wrapped).run()
-        merge_adapter(wrapped, directory.path / "adapter")
+        merge_adapter(wrapped, directory.path / "adapter" if directory.processes.is_main else None)
     else:
         build(model).run()
     # TRL and accelerate hang their own forward on the instance; the class's one comes back.
