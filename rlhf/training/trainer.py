@@ -227,7 +227,7 @@ class StepTrainer:
         return engine.model, train_dataloader
 
     def training_step(self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None) -> Any:
-        """Accumulate the gradient of one optimizer step; returns this process's part of the loss."""
+        """Accumulate the gradient of one step; returns this process's part of the loss."""
         model.train()
         loss = torch.zeros((), device=self.args.device)
         num_real = len(inputs.micros) - inputs.num_ghosts
