@@ -142,13 +142,14 @@ def loop(
     heldout: int = 4,
     num_prompts: int = 12,
     on_step: Any = None,
+    node: NodeDir | None = None,
 ) -> PpoLoop:
     return PpoLoop(
         given or roles(made),
         prompts=prompts(num_prompts),
         heldout=prompts(heldout, heldout=True),
         config=made,
-        directory=NodeDir(folder, on_step=on_step),
+        directory=node or NodeDir(folder, on_step=on_step),
         seed=5,
     )
 

@@ -56,7 +56,9 @@ def _reward(context: NodeContext, dtype: torch.dtype) -> dict[str, torch.Tensor]
 
 def _ppo(context: NodeContext, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     roles = micro_ppo.roles(context.config, dtype=dtype, finishes=True)
-    micro_ppo.loop(context.config, context.directory.path, given=roles, node=context.directory).run()
+    micro_ppo.loop(
+        context.config, context.directory.path, given=roles, node=context.directory, heldout=3
+    ).run()
     critic = {f"critic.{name}": value for name, value in roles.critic_parameters().items()}
     both = {**roles.policy_parameters(), **critic}
     return {name: value.detach().clone() for name, value in both.items()}

@@ -125,23 +125,33 @@ class ValueModel(nn.Module):
         return batch.spread(at_least_float32(values_N))
 
 
+class Actor(nn.Module):
+    """A policy as PPO trains it: the log-probabilities of responses."""
+
+    def __init__(self, policy: Any, measure: Measure) -> None:
+        super().__init__()
+        self.policy = policy
+        self.measure = measure
+
+    def forward(self, batch: ResponseBatch) -> Tensor:
+        """Return the log-probability of each response token, shape [B, T], 0 outside the mask."""
+        return self.measure.logprobs(
+            self.policy.base_model, self.policy.get_output_embeddings(), batch
+        )
+
+
 class PolicyAndCritic(nn.Module):
-    """The two trained models as one module, so that one engine and one optimizer hold both."""
+    """The two trained models as one module, so that one wrapper of accelerate holds both."""
 
     def __init__(self, policy: Any, critic: ValueModel, measure: Measure) -> None:
         super().__init__()
-        self.policy = policy
+        self.actor = Actor(policy, measure)
         self.critic = critic
-        self.measure = measure
 
     def forward(
         self, batch: ResponseBatch, *, with_policy: bool = True
     ) -> tuple[Tensor | None, Tensor]:
         """Return logprobs (None without the policy) and values, both [B, T], 0 outside the mask."""
-        logprobs_BT = None
-        if with_policy:
-            logprobs_BT = self.measure.logprobs(
-                self.policy.base_model, self.policy.get_output_embeddings(), batch
-            )
+        logprobs_BT = self.actor(batch) if with_policy else None
         values_BT: Tensor = self.critic(batch)
         return logprobs_BT, values_BT

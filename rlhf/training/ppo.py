@@ -2,10 +2,10 @@
 
 One iteration: sample a response to each prompt of the batch, score it with both reward models,
 turn scores into advantages over the global batch, then take num_ppo_epochs x num_minibatches
-optimizer steps. Policy and critic are one module with one optimizer; their gradients are clipped
-apart. Deviations from the paper, which is silent on them: a critic warm-up, advantage whitening,
-stop rules, and log-probabilities that the trainer computes itself, in the micro-batches of the
-first epoch, so that the first ratio of an iteration is exactly 1.
+optimizer steps. Policy and critic have an optimizer each; their gradients are clipped apart.
+Deviations from the paper, which is silent on them: a critic warm-up, advantage whitening, stop
+rules, and log-probabilities that the trainer computes itself, in the micro-batches of the first
+epoch, so that the first ratio of an iteration is exactly 1.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf import metrics
@@ -22,6 +22,7 @@ from rlhf.algo.masked import masked_moments, mean_and_std, whiten_with
 from rlhf.artifacts import NodeDir
 from rlhf.config import Config
 from rlhf.data.records import Prompt
+from rlhf.training.layout import check_conditions, conditions
 from rlhf.training.ppo_engine import PpoEngine
 from rlhf.training.ppo_report import mean, rollout_row, sample_rows, update_row
 from rlhf.training.ppo_state import (
@@ -61,7 +62,7 @@ class PpoLoop:
         self._roles, self._prompts, self._heldout = roles, prompts, heldout
         self._config, self._settings = config, config.ppo
         self._directory, self._seed = directory, seed
-        self._engine = PpoEngine(roles, config=config, seed=seed)
+        self._engine = PpoEngine(roles, config=config, seed=seed, processes=directory.processes)
         self.state = PpoState()
         self._best: dict[str, Tensor] = {}
         self._last_checkpoint = time.monotonic()
@@ -75,7 +76,7 @@ class PpoLoop:
         self._resume()
         if self._heldout and not self.state.heldout:
             score = self._measure_heldout()
-            self._log_row({"step": 0, metrics.PPO_HELDOUT_SCORE: score})
+            self._directory.metrics.append({"step": 0, metrics.PPO_HELDOUT_SCORE: score})
         while self.state.stopped is None:
             self._iterate()
             self._checkpoint_if_due()
@@ -114,10 +115,9 @@ class PpoLoop:
         seconds = time.monotonic() - started
         row[metrics.TIME_STEP] = seconds
         row[metrics.TIME_TOKENS_PER_SECOND] = int(experience.response_mask_BT.sum()) / seconds
-        self._log_row(row)
-        if self._engine.is_main:
-            for sample in sample_rows(experience, iteration=state.iteration):
-                self._directory.samples.append(sample)
+        self._directory.metrics.append(row)
+        for sample in sample_rows(experience, iteration=state.iteration):
+            self._directory.samples.append(sample)
 
     # Rollouts
 
@@ -190,10 +190,6 @@ class PpoLoop:
 
     # Records and checkpoints
 
-    def _log_row(self, row: dict[str, float]) -> None:
-        if self._engine.is_main:
-            self._directory.metrics.append(row)
-
     def _checkpoint_if_due(self) -> None:
         every = self._config.checkpoint
         by_steps = every.every_steps is not None and self.state.iteration % every.every_steps == 0
@@ -202,35 +198,32 @@ class PpoLoop:
             state = {
                 "ppo": self.state.to_json(),
                 "updates": self._engine.updates,
-                "num_threads": torch.get_num_threads(),
+                **self._conditions(),
             }
             with self._directory.checkpoint(self.state.iteration, state) as folder:
-                save_weights(folder / "policy.safetensors", self._roles.policy_parameters())
-                save_weights(folder / "critic.safetensors", self._roles.critic_parameters())
-                if self._best:
-                    save_weights(folder / "best.safetensors", self._best)
-                torch.save(self._engine.optimizer.state_dict(), folder / "optimizer.pt")
+                self._engine.save(folder)
+                if self._directory.processes.is_main:
+                    save_weights(folder / "policy.safetensors", self._roles.policy_parameters())
+                    save_weights(folder / "critic.safetensors", self._roles.critic_parameters())
+                    if self._best:
+                        save_weights(folder / "best.safetensors", self._best)
             self._last_checkpoint = time.monotonic()
 
+    def _conditions(self) -> dict[str, Any]:
+        return conditions(self._config, self._directory.processes)
+
     def _resume(self) -> None:
-        # Every process reads the checkpoint, and cutting the logs twice does no harm.
+        # Every process reads the checkpoint; the logs are cut by the first.
         saved = self._directory.resume()
-        self._engine.wait()
         if saved is None:
+            self._engine.start(None)
             return
-        if saved.state["num_threads"] != torch.get_num_threads():
-            log.warning(
-                "num_threads was %d and is now %d: the last digits may differ from an "
-                "uninterrupted run",
-                saved.state["num_threads"],
-                torch.get_num_threads(),
-            )
+        check_conditions(saved, self._conditions(), self._directory)
         self.state = PpoState.from_json(saved.state["ppo"])
         self._engine.updates = dict(saved.state["updates"])
         load_weights(saved.path / "policy.safetensors", self._roles.policy_parameters())
         load_weights(saved.path / "critic.safetensors", self._roles.critic_parameters())
         best = saved.path / "best.safetensors"
         self._best = read_weights(best) if best.exists() else {}
-        optimizer_state = torch.load(saved.path / "optimizer.pt", weights_only=True)
-        self._engine.optimizer.load_state_dict(optimizer_state)
+        self._engine.start(saved.path)
         log.info("continuing after iteration %d", self.state.iteration)

@@ -57,6 +57,11 @@ class Outcome:
         ]
 
     @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The responses that PPO wrote down."""
+        return read_jsonl(self.folder / "samples.jsonl")
+
+    @property
     def directory(self) -> NodeDir:
         """The node's folder."""
         return NodeDir(self.folder)
@@ -94,6 +99,8 @@ class Cluster:
     ) -> Outcome:
         """Run the node of a stage in `folder`, again if it has run there before."""
         config = micro_ppo.config(**(ppo or {})) if stage == "ppo" else micro.config()
+        for group in (config.rejection, config.evaluate):
+            group.sampling.max_new_tokens = 6
         config.checkpoint.every_steps = every_steps
         config.paths = Paths(runs=str(folder), store=str(folder / "store"))
         config.tracking = Tracking(mode=TrackingMode.none)

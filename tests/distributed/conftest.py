@@ -29,9 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def alone(
-    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Outcome]:
+def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     """Return a function that trains in one process, once for all tests that compare with it."""
     made: dict[str, Outcome] = {}
 

@@ -42,8 +42,9 @@ def test_optimizer_steps_are_epochs_times_minibatches(tmp_path: Path) -> None:
     loop = ppo.loop(config, tmp_path, heldout=0)
     loop.run()
     assert loop._engine.updates == {"policy": 24, "critic": 24}
-    states = loop._engine.optimizer.state_dict()["state"].values()
-    assert {int(state["step"]) for state in states} == {24}
+    for optimizer in loop._engine._trained.optimizers.values():
+        states = optimizer.state_dict()["state"].values()
+        assert {int(state["step"]) for state in states} == {24}
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -87,7 +88,7 @@ def test_only_the_critic_learns_in_its_warmup(tmp_path: Path) -> None:
     loop.run()
     for step, now in enumerate(seen, start=1):
         moved = {name.split(".")[0] for name in now if not torch.equal(now[name], before[name])}
-        assert moved == ({"critic"} if step <= 2 else {"critic", "policy"})
+        assert moved == ({"critic"} if step <= 2 else {"critic", "actor"})
     assert loop._engine.updates == {"policy": 2, "critic": 6}
     rows = rows_of(tmp_path)
     assert [metrics.PPO_POLICY_LOSS in row for row in rows] == [False, False, False, True]
@@ -98,8 +99,12 @@ def test_only_the_critic_learns_in_its_warmup(tmp_path: Path) -> None:
 
 def test_policy_and_critic_have_their_own_learning_rates(tmp_path: Path) -> None:
     config = ppo.config(critic_lr=5e-3, lr=2e-3)
-    groups = ppo.loop(config, tmp_path)._engine.optimizer.param_groups
-    found = {(group["role"], group["lr"], group["weight_decay"]) for group in groups}
+    optimizers = ppo.loop(config, tmp_path)._engine._trained.optimizers
+    found = {
+        (role, group["lr"], group["weight_decay"])
+        for role, optimizer in optimizers.items()
+        for group in optimizer.param_groups
+    }
     assert found == {
         ("policy", 2e-3, 0.1),
         ("policy", 2e-3, 0.0),
@@ -132,9 +137,13 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, step: int) -> None:
         parameters(resumed._roles).values(), parameters(straight._roles).values(), strict=True
     ):
         assert torch.equal(ours, theirs)
-    ours, theirs = (loop._engine.optimizer.state_dict()["state"] for loop in (resumed, straight))
-    for index, entry in theirs.items():
-        assert all(torch.equal(ours[index][name], entry[name]) for name in entry)
+    for role in ("policy", "critic"):
+        ours, theirs = (
+            loop._engine._trained.optimizers[role].state_dict()["state"]
+            for loop in (resumed, straight)
+        )
+        for index, entry in theirs.items():
+            assert all(torch.equal(ours[index][name], entry[name]) for name in entry)
     for log in ("metrics", "samples"):
         found = [
             micro.rows_without_time(getattr(loop._directory, log)) for loop in (straight, resumed)
@@ -146,7 +155,7 @@ def test_the_best_policy_outlives_a_kill(tmp_path: Path) -> None:
     """Under a constant score the start is the best; it comes from the checkpoint, bit for bit."""
     config = ppo.config(every_steps=1, patience=9, heldout_every=1)
     scores = {"helpfulness": lambda _: 1.0, "safety": lambda _: 1.0}
-    before = micro.weights(ppo.roles(config).joint.policy)
+    before = micro.weights(ppo.roles(config).joint.actor.policy)
 
     def die(done: int, _total: int) -> None:
         if done == 2:
@@ -157,7 +166,7 @@ def test_the_best_policy_outlives_a_kill(tmp_path: Path) -> None:
     roles = ppo.roles(config, **scores)
     state = ppo.loop(config, tmp_path, given=roles).run()
     assert (state.iteration, state.best_iteration) == (3, 0)
-    assert micro.largest_difference(before, micro.weights(roles.joint.policy)) == 0.0
+    assert micro.largest_difference(before, micro.weights(roles.joint.actor.policy)) == 0.0
 
 
 def test_kl_stop_ends_the_run_and_keeps_a_policy_within_the_bound(tmp_path: Path) -> None:
@@ -186,10 +195,10 @@ def test_patience_ends_the_run_with_the_best_policy(tmp_path: Path) -> None:
     """Nothing beats the start under a constant score, so the start comes back, bit for bit."""
     config = ppo.config(patience=2, iterations=9, heldout_every=2)
     roles = ppo.roles(config, helpfulness=lambda _: 1.0, safety=lambda _: 1.0)
-    before = micro.weights(roles.joint.policy)
+    before = micro.weights(roles.joint.actor.policy)
     state = ppo.loop(config, tmp_path, given=roles).run()
     assert (state.stopped, state.iteration, state.best_iteration) == ("patience", 4, 0)
-    assert micro.largest_difference(before, micro.weights(roles.joint.policy)) == 0.0
+    assert micro.largest_difference(before, micro.weights(roles.joint.actor.policy)) == 0.0
 
 
 def test_a_better_policy_is_kept_and_patience_starts_over(tmp_path: Path) -> None:
@@ -210,11 +219,11 @@ def test_a_better_policy_is_kept_and_patience_starts_over(tmp_path: Path) -> Non
         config,
         tmp_path,
         given=roles,
-        on_step=lambda *_: seen.append(micro.weights(roles.joint.policy)),
+        on_step=lambda *_: seen.append(micro.weights(roles.joint.actor.policy)),
     )
     state = loop.run()
     assert (state.stopped, state.iteration, state.best_iteration) == ("patience", 5, 3)
-    assert micro.largest_difference(seen[2], micro.weights(roles.joint.policy)) == 0.0
+    assert micro.largest_difference(seen[2], micro.weights(roles.joint.actor.policy)) == 0.0
     # On the scale of the first measurement: scores 0, 1, 2, 3 have mean 1.5 and variance 1.25.
     expected = [shift / math.sqrt(1.25) for shift in (0.0, 2.0, 1.0, 3.0, 2.0, 2.5)]
     assert [row["score"] for row in state.heldout] == pytest.approx(expected, abs=1e-6)
@@ -246,10 +255,10 @@ def test_nan_scores_and_losses_stop_the_stage(tmp_path: Path) -> None:
     roles = ppo.roles(config)
     with torch.no_grad():
         roles.joint.critic.head.weight[0, 0] = math.inf
-    before = micro.weights(roles.joint.policy)
+    before = micro.weights(roles.joint.actor.policy)
     with pytest.raises(StageError, match=r"value_loss.* became NaN or infinite"):
         ppo.loop(config, tmp_path / "loss", given=roles, heldout=0).run()
-    assert micro.largest_difference(before, micro.weights(roles.joint.policy)) == 0.0
+    assert micro.largest_difference(before, micro.weights(roles.joint.actor.policy)) == 0.0
 
 
 def test_it_learns_what_is_rewarded(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_experience_equals_plain_loops(made: Any) -> None:
     finished = {rollout.response.finished for rollout in rollouts}
     assert finished == {True, False}
     assert len({bool(x) for x in experience.safety_selected_B}) == 2
-    logprobs = [slow_logprobs(roles.joint.policy, rollout, 0.9) for rollout in rollouts]
+    logprobs = [slow_logprobs(roles.joint.actor.policy, rollout, 0.9) for rollout in rollouts]
     ref_logprobs = [slow_logprobs(roles._reference, rollout, 0.9) for rollout in rollouts]
     values = [slow_values(roles.joint.critic, rollout) for rollout in rollouts]
     assert_rows(rows(measured.logprobs_BT, experience), logprobs, 1e-10)
@@ -159,7 +159,7 @@ def test_losses_equal_plain_loops(made: Any) -> None:
     policy_sum = value_sum = clipped_tokens = approx_kl = num_tokens = 0.0
     clipped_values = 0
     for i, rollout in enumerate(experience.rollouts):
-        logprobs = slow_logprobs(roles.joint.policy, rollout, 0.9)
+        logprobs = slow_logprobs(roles.joint.actor.policy, rollout, 0.9)
         values = slow_values(roles.joint.critic, rollout)
         for t in range(len(logprobs)):
             ratio = math.exp(logprobs[t] - old[i][t])
@@ -187,7 +187,8 @@ def test_gradients_are_clipped_apart(made: Any) -> None:
     roles, loop, experience = made
     engine = loop._engine
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
-    step = engine.optimizer.step
+    optimizer = engine._trained.optimizers["policy"]
+    step = optimizer.step
 
     def spy() -> None:
         for role, parameters in (
@@ -198,7 +199,7 @@ def test_gradients_are_clipped_apart(made: Any) -> None:
             norms[role].append(math.sqrt(sum(squares)))
         step()
 
-    engine.optimizer.step = spy
+    optimizer.step = spy
     found = engine.update(experience, iteration=1, with_policy=True)
     for role, seen in norms.items():
         for norm, before in zip(seen, [one[f"{role}_grad_norm"] for one in found], strict=True):
