@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,17 +227,49 @@ class NodeDir:
         if self.processes.is_main:
             write_jsonl(self.path / name, rows)
 
-    def step(self, step: int, total: int, *, is_saved: bool = False) -> None:
+    def has(self, name: str) -> bool:
+        """Tell whether a file or folder of the node is there; the same answer in all processes."""
+        return bool(self.processes.broadcast((self.path / name).exists(), f"a look for {name}"))
+
+    def shards(
+        self,
+        names: Sequence[str],
+        make: Callable[[int], list[dict[str, Any]]],
+        *,
+        done: int = 0,
+        total: int | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """Make the files of shards/ that are missing, each in one process; returns the rows of all.
+
+        Without a total no progress is reported. A request to stop raises Stopped in all processes.
+        """
+        paths = [self.path / "shards" / f"{name}.jsonl" for name in names]
+        for number in self.processes.share(list(range(len(paths)))):
+            self.processes.passed(f"shard {names[number]}")
+            if not paths[number].exists():
+                write_jsonl(paths[number], make(number))
+            if total is not None:
+                self.step(done + number + 1, total)
+            if STOP.made:
+                break
+        self.stop_together("shards of all processes")
+        return [read_jsonl(path) for path in paths]
+
+    def stop_together(self, what: str) -> None:
+        """Meet the other processes where everything is saved; Stopped if one was asked to stop."""
+        if self.processes.any(STOP.made, what=what)[0]:
+            raise Stopped(f"stopped on request at `{what}`; its state is saved")
+
+    def step(self, step: int, total: int) -> None:
         """Report a finished step: the runner shows it and renews the lease.
 
-        Raises Stopped after a request to stop, once the state is saved: in `save_now` by all
-        processes together, or, where this step needs no other process, because it `is_saved`.
+        Raises Stopped after a request to stop that `save_now` has saved the state for.
         """
         boundary(f"step-{step}", self.path)
         self.processes.passed(f"step {step}")
         if self._on_step is not None:
             self._on_step(step, total)
-        if self._is_stopping or (is_saved and STOP.made):
+        if self._is_stopping:
             raise Stopped(f"stopped on request after step {step} of {total}; its state is saved")
 
     def save_now(self, step: int, *, is_due: bool) -> bool:

@@ -1,4 +1,4 @@
-"""A stage for tests that trains micro models in as many processes as its node has.
+"""A stage for tests that trains or scores with micro models in as many processes as its node has.
 
 The node's options say what to train; FAULT=KIND:RANK:STEP plants a fault in one process.
 """
@@ -20,6 +20,9 @@ from safetensors.torch import save_file
 
 from rlhf.artifacts import NodeDir
 from rlhf.config import Optimizer
+from rlhf.data.records import Comparison
+from rlhf.inference.comparisons import Sides, score_sides
+from rlhf.inference.scoring import HfScorer
 from rlhf.nodes import NodeContext
 
 REVISION = 1
@@ -32,8 +35,8 @@ def run(context: NodeContext) -> None:
     options, directory = context.node.options, context.directory
     _plant_fault(directory)
     dtype = torch.float64 if options.get("float64", False) else torch.float32
-    train = {"sft": _sft, "reward": _reward, "ppo": _ppo}[context.node.stage]
-    weights = train(context, dtype)
+    work = {"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluate": _score}[context.node.stage]
+    weights = work(context, dtype)
     digests = directory.processes.gather(_digest(weights), "digests of the weights")
     directory.write_json("digests.json", digests)
     if directory.processes.is_main:
@@ -62,6 +65,16 @@ def _ppo(context: NodeContext, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     critic = {f"critic.{name}": value for name, value in roles.critic_parameters().items()}
     both = {**roles.policy_parameters(), **critic}
     return {name: value.detach().clone() for name, value in both.items()}
+
+
+def _score(context: NodeContext, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    directory, lists = context.directory, micro.token_lists(1200)
+    comparison = Comparison(id="x", axis="safety", prompt=[], chosen="a", rejected="b", source="x")
+    sides = [Sides(comparison, lists[2 * i], lists[2 * i + 1]) for i in range(600)]
+    scorer = HfScorer(micro.scorer(0, dtype), micro.tokenizer(), max_length=256)
+    pairs = score_sides(scorer, sides, on_chunk=directory.step, processes=directory.processes)
+    scores = [score for pair in pairs for score in (pair.chosen_score, pair.rejected_score)]
+    return {"scores": torch.tensor(scores)}
 
 
 def _settings(context: NodeContext) -> dict[str, Any]:
@@ -97,9 +110,9 @@ def _plant_fault(directory: NodeDir) -> None:
     }
     finish = directory.step
 
-    def step(number: int, total: int, *, is_saved: bool = False) -> None:
+    def step(number: int, total: int) -> None:
         if number == int(at) and directory.processes.rank == int(rank):
             faults[kind]()
-        finish(number, total, is_saved=is_saved)
+        finish(number, total)
 
     directory.step = step  # type: ignore[method-assign]

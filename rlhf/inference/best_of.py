@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf.artifacts import read_jsonl, write_jsonl
 from rlhf.data.ledger import Store
 from rlhf.data.records import AXES, Prompt
 from rlhf.inference.generation import fitting, scoring_length
@@ -74,16 +74,13 @@ def sample_and_score(
     size, directory = context.config.rejection.shard_prompts, context.directory
     shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     numbers = list(range(len(shards)))[part.number :: part.of]
-    paths = {n: directory.path / "shards" / f"{n:05d}.jsonl" for n in numbers}
-    workers = None
-    own = directory.processes.share(numbers)
-    for done, number in enumerate(own, start=1):
-        if not paths[number].exists():
-            workers = workers or _Workers(context, tokenizer, device, seed=seed)
-            write_jsonl(paths[number], workers.rows(shards[number]))
-        directory.step(done, len(own), is_saved=True)
-    directory.processes.wait("shards of all processes")
-    return [row for path in paths.values() for row in read_jsonl(path)]
+    workers = cache(lambda: _Workers(context, tokenizer, device, seed=seed))
+    found = directory.shards(
+        [f"{number:05d}" for number in numbers],
+        lambda index: workers().rows(shards[numbers[index]]),
+        total=len(numbers),
+    )
+    return [row for rows in found for row in rows]
 
 
 class _Workers:

@@ -13,6 +13,7 @@ from rlhf.data.records import Comparison
 from rlhf.data.split import prompt_key
 from rlhf.inference.accuracy import ScoredPair
 from rlhf.inference.scoring import HfScorer
+from rlhf.processes import Processes
 
 PAIRS_PER_CHUNK = 256
 """Comparisons scored between two reports of progress."""
@@ -76,24 +77,38 @@ def exchange(row: Comparison) -> Comparison:
 
 
 def score_sides(
-    scorer: HfScorer, rows: Sequence[Sides], *, on_chunk: Callable[[int, int], None]
+    scorer: HfScorer,
+    rows: Sequence[Sides],
+    *,
+    on_chunk: Callable[[int, int], None],
+    processes: Processes,
 ) -> list[ScoredPair]:
-    """Score encoded comparisons chunk by chunk, calling `on_chunk(done, total)` after each."""
-    pairs = []
-    for start in range(0, len(rows), PAIRS_PER_CHUNK):
+    """Score encoded comparisons chunk by chunk, calling `on_chunk(done, total)` after each.
+
+    Processes share the chunks and get the scores of all; a chunk's scores are the same bits
+    whoever scores it.
+    """
+    own: dict[int, list[float]] = {}
+    for start in processes.share(list(range(0, len(rows), PAIRS_PER_CHUNK))):
         chunk = rows[start : start + PAIRS_PER_CHUNK]
         sides = [s.chosen_ids for s in chunk] + [s.rejected_ids for s in chunk]
-        scores = scorer.score_ids(sides).tolist()
+        own[start] = scorer.score_ids(sides).tolist()
+        on_chunk(min(start + len(chunk), len(rows)), len(rows))
+    scores: dict[int, list[float]] = {}
+    for found in processes.gather(own, "scores of all processes"):
+        scores |= found
+    pairs = []
+    for start in sorted(scores):
+        chunk = rows[start : start + PAIRS_PER_CHUNK]
         for index, row in enumerate(chunk):
             pairs.append(
                 ScoredPair(
                     comparison=row.comparison,
                     cluster=prompt_key(row.comparison.prompt),
-                    chosen_score=scores[index],
-                    rejected_score=scores[len(chunk) + index],
+                    chosen_score=scores[start][index],
+                    rejected_score=scores[start][len(chunk) + index],
                     chosen_tokens=len(row.chosen_ids),
                     rejected_tokens=len(row.rejected_ids),
                 )
             )
-        on_chunk(min(start + len(chunk), len(rows)), len(rows))
     return pairs

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.algo.comparison import Settings, mean_value
-from rlhf.artifacts import read_json, read_jsonl, write_jsonl
+from rlhf.artifacts import read_json, read_jsonl
 from rlhf.data.prompts import prompt_kind
 from rlhf.data.records import AXES, Prompt
 from rlhf.data.split import prompt_key
@@ -54,12 +54,11 @@ def score_versions(
     clusters = [prompt_key(p.prompt) for p in shared]
     names = sorted(texts, key=lambda name: (len(name), name))
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for role in ROLES:
-        path = context.directory.path / "shards" / f"versions-{role}.jsonl"
-        if not path.exists():
-            rows = _score_each_once(open_scorer(context, role), shared, texts)
-            write_jsonl(path, rows)
-        saved = read_jsonl(path)
+    scored = context.directory.shards(
+        [f"versions-{role}" for role in ROLES],
+        lambda number: _score_each_once(open_scorer(context, ROLES[number]), shared, texts),
+    )
+    for role, saved in zip(ROLES, scored, strict=True):
         of_axis = [(prompt_kind(p) == "safety") == (role == "judge_safety") for p in shared]
         for name in names:
             values = [row[name] for row in saved]

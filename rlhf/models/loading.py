@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rlhf.artifacts import atomic_folder
+from rlhf.artifacts import NodeDir, atomic_folder
 from rlhf.config import Compute, Lora, Model, Precision
 from rlhf.data.chat import ensure_chat
 from rlhf.errors import ArtifactError, ConfigError
@@ -121,6 +121,15 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def save_trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: NodeDir
+) -> None:
+    """Write a node's model/, once; returns when it is there for all processes."""
+    if directory.processes.is_main:
+        save_model(model, tokenizer, directory.model)
+    directory.processes.wait("the trained model on disk")
 
 
 def add_adapter(model: PreTrainedModel, lora: Lora, *, task_type: str, seed: int) -> Any:

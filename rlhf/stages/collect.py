@@ -15,7 +15,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import read_jsonl, write_json, write_jsonl
+from rlhf.artifacts import read_jsonl
 from rlhf.config import Annotators, OnBadRow, Sampling
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
@@ -63,8 +63,9 @@ def run(
     open_version: Callable[[NodeContext, str], Version] = open_version,
 ) -> None:
     """Sample pairs for both axes; writes pairs.jsonl and, if simulated, the rated batch."""
+    directory = context.directory
     setup_torch(context.config.compute)
-    context.directory.resume()
+    directory.resume()
 
     versions = _open_both(context, open_version)
     prompts = _fitting_prompts(context, versions)
@@ -72,21 +73,20 @@ def run(
     for axis in AXES:
         ordered = prompts_for_axis(prompts, axis=axis, seed=context.seed)
         pairs += _collect_axis(context, versions, ordered, axis=axis, num_done=len(pairs))
-    path = context.directory.path / "pairs.jsonl"
-    write_jsonl(path, [pair.to_json() for pair in pairs])
+    directory.write_jsonl("pairs.jsonl", [pair.to_json() for pair in pairs])
 
     if context.config.collect.annotators is Annotators.people:
         log.info(
             "%d pairs wait for annotators in %s; ingest their verdicts with `rlhf ingest FILE "
             "ingest.stream=%s`, then `rlhf run` goes on with the next round",
             len(pairs),
-            path,
+            directory.path / "pairs.jsonl",
             context.config.data.stream,
         )
         return
-    rated = context.directory.path / "rated.jsonl"
-    write_jsonl(rated, _rate(context, pairs))
-    _ingest(context, rated)
+    if directory.processes.is_main:
+        directory.write_jsonl("rated.jsonl", _rate(context, pairs))
+        _ingest(context, directory.path / "rated.jsonl")
 
 
 def prompts_for_axis(prompts: Sequence[Prompt], *, axis: str, seed: int) -> list[Prompt]:
@@ -136,23 +136,27 @@ def _collect_axis(
     axis: str,
     num_done: int,
 ) -> list[Pair]:
-    """Sample shard by shard until there are enough usable pairs or no more prompts."""
-    config = context.config.collect
+    """Sample shard by shard until there are enough usable pairs or no more prompts.
+
+    How many shards there are depends on what is in them, so processes share the inside of each.
+    """
+    config, directory = context.config.collect, context.directory
     pairs: list[Pair] = []
     skipped: list[str] = []
     position = number = 0
     while len(pairs) < config.num_pairs and position < len(prompts):
         size = min(config.shard_prompts, max(MIN_SHARD, config.num_pairs - len(pairs)))
-        path = context.directory.path / "shards" / f"{axis}-{number:05d}.jsonl"
-        if not path.exists():
+        name = f"shards/{axis}-{number:05d}.jsonl"
+        if not directory.has(name):
             shard = _sample_pairs(context, versions, prompts[position : position + size], axis)
-            write_jsonl(path, [asdict(pair) for pair in shard])
-        rows = [Pair(**row) for row in read_jsonl(path)]
+            directory.write_jsonl(name, [asdict(pair) for pair in shard])
+            directory.stop_together(f"shard {axis} {number}")
+        rows = [Pair(**row) for row in read_jsonl(directory.path / name)]
         pairs += [pair for pair in rows if not pair.skipped]
         skipped += [pair.skipped for pair in rows if pair.skipped]
         position, number = position + len(rows), number + 1
         progress = num_done + min(len(pairs), config.num_pairs)
-        context.directory.step(progress, len(AXES) * config.num_pairs, is_saved=True)
+        directory.step(progress, len(AXES) * config.num_pairs)
     for reason in sorted(set(skipped)):
         log.info("%s: skipped %d pairs with %s responses", axis, skipped.count(reason), reason)
     if len(pairs) < config.num_pairs:
@@ -171,23 +175,25 @@ def _sample_pairs(
     context: NodeContext, versions: dict[str, Version], prompts: Sequence[Prompt], axis: str
 ) -> list[Pair]:
     """Answer each prompt with both versions at the temperatures that the key assigns."""
-    config = context.config.collect
     swap_temperatures = [_coin(context, prompt, "temperature") for prompt in prompts]
     texts: dict[tuple[str, int], str] = {}
     temperatures: dict[tuple[str, int], float] = {}
-    for number, role in enumerate(ROLES):
-        for swap in (False, True):
+    processes = context.directory.processes
+    calls = [(role, swap) for role in ROLES for swap in (False, True)]
+    own: dict[tuple[str, bool], list[str]] = {}
+    for role, swap in processes.share(calls):
+        chosen = [
+            p for p, swapped in zip(prompts, swap_temperatures, strict=True) if swapped is swap
+        ]
+        own[role, swap] = _answer(
+            context, versions[role], role, chosen, _temperature(context, role, swap)
+        )
+    for found in processes.gather(own, "answers of all processes"):
+        for (role, swap), answers in found.items():
             indices = [i for i, swapped in enumerate(swap_temperatures) if swapped is swap]
-            temperature = config.temperatures[number ^ swap]
-            drawn = versions[role].generate(
-                [prompts[i].prompt for i in indices],
-                num_samples=1,
-                sampling=Sampling(temperature, config.max_new_tokens, config.batch_size),
-                keys=[f"{context.seed}/{prompts[i].id}/{role}" for i in indices],
-            )
-            for i, [response] in zip(indices, drawn, strict=True):
-                texts[role, i] = response.text
-                temperatures[role, i] = temperature
+            for i, text in zip(indices, answers, strict=True):
+                texts[role, i] = text
+                temperatures[role, i] = _temperature(context, role, swap)
     pairs = []
     for i, prompt in enumerate(prompts):
         role_a, role_b = ROLES[::-1] if _coin(context, prompt, "order") else ROLES
@@ -206,6 +212,28 @@ def _sample_pairs(
             )
         )
     return pairs
+
+
+def _temperature(context: NodeContext, role: str, swap: bool) -> float:
+    return context.config.collect.temperatures[ROLES.index(role) ^ swap]
+
+
+def _answer(
+    context: NodeContext,
+    version: Version,
+    role: str,
+    prompts: Sequence[Prompt],
+    temperature: float,
+) -> list[str]:
+    """Answer prompts once each, in batches of their own."""
+    config = context.config.collect
+    drawn = version.generate(
+        [prompt.prompt for prompt in prompts],
+        num_samples=1,
+        sampling=Sampling(temperature, config.max_new_tokens, config.batch_size),
+        keys=[f"{context.seed}/{prompt.id}/{role}" for prompt in prompts],
+    )
+    return [response.text for [response] in drawn]
 
 
 def _coin(context: NodeContext, prompt: Prompt, purpose: str) -> bool:
@@ -281,4 +309,4 @@ def _ingest(context: NodeContext, rated: Path) -> None:
         "digest": manifest["digest"],
         "rows": manifest["rows"],
     }
-    write_json(context.directory.path / "batch.json", batch)
+    context.directory.write_json("batch.json", batch)

@@ -30,7 +30,6 @@ from rlhf.algo.comparison import (
     rate,
 )
 from rlhf.algo.promotion import Reason, decide, is_promoted
-from rlhf.artifacts import read_jsonl, write_json, write_jsonl
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import by_kind, keyed_order, prompt_kind
 from rlhf.data.records import AXES, Message, Prompt
@@ -80,26 +79,20 @@ def run(
     open_scorer: Callable[[NodeContext, str], Scorer] = open_scorer,
 ) -> None:
     """Answer, score, compare, decide; writes decision.json, evaluation.json, responses.jsonl."""
-    config, folder = context.config, context.directory.path
+    config, directory = context.config, context.directory
     setup_torch(config.compute)
-    context.directory.resume()
+    directory.resume()
 
     candidate = open_version(context, "candidate")
     prompts = heldout_prompts(context, candidate)
-    steps = _Steps(context, num_prompts=len(prompts))
     answers: dict[str, Sequence[Answer]] = {}
-    answers["candidate"] = _answer(context, "candidate", candidate, prompts, None, steps)
+    answers["candidate"] = _answer(context, "candidate", candidate, prompts, None)
     del candidate  # One model in memory at a time.
     promoted = open_version(context, "promoted")
-    answers["promoted"] = _answer(
-        context, "promoted", promoted, prompts, answers["candidate"], steps
-    )
+    answers["promoted"] = _answer(context, "promoted", promoted, prompts, answers["candidate"])
     del promoted
 
-    scores = {
-        role: _score(context, role, prompts, answers, open_scorer=open_scorer, steps=steps)
-        for role in SCORERS
-    }
+    scores = _score(context, prompts, answers, open_scorer=open_scorer)
 
     asked = _asked(prompts)
     settings = _settings(context)
@@ -128,8 +121,8 @@ def run(
         "versions": versions,
         "gold": gold,
     }
-    write_json(folder / "evaluation.json", evaluation)
-    write_jsonl(folder / "responses.jsonl", _response_rows(prompts, answers, scores))
+    directory.write_json("evaluation.json", evaluation)
+    directory.write_jsonl("responses.jsonl", _response_rows(prompts, answers, scores))
     _log_metrics(context, compared)
 
 
@@ -137,20 +130,6 @@ def _version_name(context: NodeContext, side: str) -> str:
     if side == "candidate":
         return f"v{context.node.round}"
     return context.inputs.models["promoted"].name
-
-
-class _Steps:
-    """Counts finished work: the shards of both versions, then the scores of four models."""
-
-    def __init__(self, context: NodeContext, *, num_prompts: int) -> None:
-        self._directory = context.directory
-        num_shards = math.ceil(num_prompts / context.config.evaluate.shard_prompts)
-        self._total = len(VERSIONS) * num_shards + len(SCORERS)
-        self._done = 0
-
-    def advance(self) -> None:
-        self._done += 1
-        self._directory.step(self._done, self._total, is_saved=True)
 
 
 def heldout_prompts(context: NodeContext, version: Version) -> list[Prompt]:
@@ -191,21 +170,23 @@ def _answer(
     version: Version,
     prompts: Sequence[Prompt],
     candidates: Sequence[Answer] | None,
-    steps: _Steps,
 ) -> list[Answer]:
     """Answer shard by shard; `candidates` are the candidate's answers, None for itself."""
     size = context.config.evaluate.shard_prompts
-    answers: list[Answer] = []
-    for start in range(0, len(prompts), size):
-        path = context.directory.path / "shards" / f"{name}-{start // size:05d}.jsonl"
-        if not path.exists():
-            shard = slice(start, start + size)
-            rated = None if candidates is None else candidates[shard]
-            rows = _answer_shard(context, version, prompts[shard], rated)
-            write_jsonl(path, [asdict(row) for row in rows])
-        answers += [Answer(**row) for row in read_jsonl(path)]
-        steps.advance()
-    return answers
+
+    def make(number: int) -> list[dict[str, Any]]:
+        shard = slice(number * size, (number + 1) * size)
+        rated = None if candidates is None else candidates[shard]
+        return [asdict(row) for row in _answer_shard(context, version, prompts[shard], rated)]
+
+    num_shards = math.ceil(len(prompts) / size)
+    found = context.directory.shards(
+        [f"{name}-{number:05d}" for number in range(num_shards)],
+        make,
+        done=VERSIONS.index(name) * num_shards,
+        total=len(VERSIONS) * num_shards + len(SCORERS),
+    )
+    return [Answer(**row) for rows in found for row in rows]
 
 
 def _answer_shard(
@@ -234,24 +215,30 @@ def _answer_shard(
 
 def _score(
     context: NodeContext,
-    role: str,
     prompts: Sequence[Prompt],
     answers: Answers,
     *,
     open_scorer: Callable[[NodeContext, str], Scorer],
-    steps: _Steps,
-) -> dict[str, Tensor]:
-    """Score both versions' answers with one reward model."""
-    path = context.directory.path / "shards" / f"scores-{role}.jsonl"
-    if not path.exists():
-        candidate, promoted = _score_both(open_scorer(context, role), prompts, answers)
+) -> dict[str, dict[str, Tensor]]:
+    """Score both versions' answers with every reward model; returns role to version to scores."""
+
+    def make(number: int) -> list[dict[str, Any]]:
+        scorer = open_scorer(context, SCORERS[number])
+        candidate, promoted = _score_both(scorer, prompts, answers)
         rows = zip(candidate, promoted, strict=True)
-        write_jsonl(path, [dict(zip(VERSIONS, row, strict=True)) for row in rows])
-    saved = read_jsonl(path)
-    scores = {name: torch.tensor([row[name] for row in saved]) for name in VERSIONS}
-    if not all(bool(column.isfinite().all()) for column in scores.values()):
-        raise StageError(f"{role} gave a score that is not finite: check how its training went")
-    steps.advance()
+        return [dict(zip(VERSIONS, row, strict=True)) for row in rows]
+
+    before = len(VERSIONS) * math.ceil(len(prompts) / context.config.evaluate.shard_prompts)
+    found = context.directory.shards(
+        [f"scores-{role}" for role in SCORERS], make, done=before, total=before + len(SCORERS)
+    )
+    scores = {
+        role: {name: torch.tensor([row[name] for row in rows]) for name in VERSIONS}
+        for role, rows in zip(SCORERS, found, strict=True)
+    }
+    for role, columns in scores.items():
+        if not all(bool(column.isfinite().all()) for column in columns.values()):
+            raise StageError(f"{role} gave a score that is not finite: check how its training went")
     return scores
 
 
@@ -347,7 +334,7 @@ def _write_decision(context: NodeContext, reasons: Sequence[Reason]) -> None:
         "promoted": is_promoted(reasons),
         "reasons": [asdict(reason) for reason in reasons],
     }
-    write_json(context.directory.path / "decision.json", decision)
+    context.directory.write_json("decision.json", decision)
 
 
 def _response_rows(

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from rlhf.artifacts import write_json
 from rlhf.config import Config, CriticInit
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import keyed_order
@@ -29,7 +28,7 @@ from rlhf.models.loading import (
     load_policy,
     load_reward_model,
     load_tokenizer,
-    save_model,
+    save_trained,
     setup_torch,
 )
 from rlhf.nodes import NodeContext
@@ -61,9 +60,9 @@ def run(context: NodeContext) -> None:
     )
     state = loop.run()
     log.info("stopped by %s; best is iteration %d", state.stopped, state.best_iteration)
-    save_model(finish(), tokenizer, directory.model)
-    write_json(
-        directory.path / "ppo.json",
+    save_trained(finish(), tokenizer, directory)
+    directory.write_json(
+        "ppo.json",
         {
             "stopped": state.stopped,
             "iterations": state.iteration,
@@ -189,7 +188,8 @@ def _adapter_roles(
     )
 
     def finish() -> Any:
-        trunk.save(context.directory.path / "adapter")
+        if context.directory.processes.is_main:
+            trunk.save(context.directory.path / "adapter")
         return trunk.merge()
 
     return roles, finish

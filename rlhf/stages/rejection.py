@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlhf import metrics
-from rlhf.artifacts import read_jsonl, write_json, write_jsonl
+from rlhf.artifacts import read_jsonl
 from rlhf.data.chat import Encoded, encode_conversation
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import keyed_digest
@@ -32,7 +32,7 @@ from rlhf.inference.winners import (
 from rlhf.models.loading import (
     load_policy,
     load_tokenizer,
-    save_model,
+    save_trained,
     setup_torch,
 )
 from rlhf.nodes import NodeContext
@@ -63,7 +63,7 @@ def run(context: NodeContext) -> None:
             f"none of {len(rows)} prompts has a response that ends by itself: raise "
             "rejection.sampling.max_new_tokens or train the policy longer"
         )
-    write_jsonl(directory.path / "winners.jsonl", winners)
+    directory.write_jsonl("winners.jsonl", winners)
     curves = selection_curves(rows)
     encoded, mixture = _training_rows(context, winners, tokenizer)
     model = load_policy(
@@ -82,7 +82,7 @@ def run(context: NodeContext) -> None:
         seed=context.seed,
     )
     _log_winners(context, winners, curves)
-    save_model(model, tokenizer, directory.model)
+    save_trained(model, tokenizer, directory)
     without = len(rows) - len(winners)
     selection = {
         "prompts": {**counts, "without_usable_sample": without},
@@ -90,7 +90,7 @@ def run(context: NodeContext) -> None:
         "fine_tuning": mixture,
         "against_n": curves,
     }
-    write_json(directory.path / "selection.json", selection)
+    directory.write_json("selection.json", selection)
 
 
 def _winner(row: Row, *, threshold: float, round: int) -> Row | None:

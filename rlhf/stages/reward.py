@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from rlhf.algo.losses import margin_for
-from rlhf.artifacts import write_json, write_jsonl
 from rlhf.config import Config, JudgeData
 from rlhf.data.ledger import Store
 from rlhf.data.mixture import Mixture, build_mixture
@@ -35,7 +34,7 @@ from rlhf.models.loading import (
     autocast,
     load_reward_model,
     load_tokenizer,
-    save_model,
+    save_trained,
     setup_torch,
 )
 from rlhf.nodes import NodeContext
@@ -70,7 +69,7 @@ def run(context: NodeContext) -> None:
     log.info("comparisons over model.max_length, left out: %s", data.over_long)
     if "previous" in context.inputs.models and not is_judge(context):
         measure_before(context, data, device)
-    if not directory.model.exists():
+    if not directory.has("model"):
         train(context, data)
     measure_after(context, data, device)
 
@@ -114,7 +113,7 @@ def train(context: NodeContext, data: Comparisons) -> None:
     axis = context.node.options["axis"]
     tokenizer = load_tokenizer(models["init"].path)
     mixture = choose_rows(context, data)
-    write_json(directory.path / "mixture.json", describe_mixture(context, data, mixture))
+    directory.write_json("mixture.json", describe_mixture(context, data, mixture))
     if not mixture.rows:
         raise DataError(
             f"no {axis} comparison is left to train {context.node.name} on (over-long: "
@@ -140,7 +139,7 @@ def train(context: NodeContext, data: Comparisons) -> None:
         directory=directory,
         seed=context.seed,
     )
-    save_model(scorer, tokenizer, directory.model)
+    save_trained(scorer, tokenizer, directory)
 
 
 def choose_rows(context: NodeContext, data: Comparisons) -> Mixture:
@@ -234,8 +233,7 @@ def describe_mixture(context: NodeContext, data: Comparisons, mixture: Mixture) 
 
 def measure_before(context: NodeContext, data: Comparisons, device: torch.device) -> None:
     """Score this round's batches with the previous reward model, which never saw them."""
-    path = context.directory.path / "accuracy_before.json"
-    if path.exists():
+    if context.directory.has("accuracy_before.json"):
         return
     config = context.config
     rows = [
@@ -246,7 +244,7 @@ def measure_before(context: NodeContext, data: Comparisons, device: torch.device
     kept = cap_by_prompt(rows, config.reward.max_heldout)
     folder = context.inputs.models["previous"].path
     pairs = score(context, folder, kept, device, swapped=False)
-    write_json(path, report(context, data, pairs))
+    context.directory.write_json("accuracy_before.json", report(context, data, pairs))
 
 
 def measure_after(context: NodeContext, data: Comparisons, device: torch.device) -> None:
@@ -261,8 +259,8 @@ def measure_after(context: NodeContext, data: Comparisons, device: torch.device)
     ]
     kept = cap_by_prompt(heldout, context.config.reward.max_heldout)
     pairs = score(context, str(directory.model), kept, device, swapped=not is_judge(context))
-    write_jsonl(directory.path / "scores.jsonl", [pair.to_json() for pair in pairs])
-    write_json(directory.path / "accuracy.json", report(context, data, pairs))
+    directory.write_jsonl("scores.jsonl", [pair.to_json() for pair in pairs])
+    directory.write_json("accuracy.json", report(context, data, pairs))
 
 
 def score(
@@ -282,13 +280,13 @@ def score(
     encoded = encode(rows, tokenizer, config.model.max_length)
     model = load_reward_model(folder, model=config.model, new_head=False, seed=context.seed)
     scorer = HfScorer(model.to(device), tokenizer, max_length=config.model.max_length)
-    alive = context.directory.step
+    alive, processes = context.directory.step, context.directory.processes
     with autocast(config.model, device):
-        pairs = score_sides(scorer, encoded, on_chunk=alive)
+        pairs = score_sides(scorer, encoded, on_chunk=alive, processes=processes)
         if not swapped:
             return pairs
         exchanged = encode(map(exchange, rows), tokenizer, config.model.max_length)
-        second = score_sides(scorer, exchanged, on_chunk=alive)
+        second = score_sides(scorer, exchanged, on_chunk=alive, processes=processes)
     return [
         replace(
             pair,

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.artifacts import write_json
 from rlhf.config import Sft
 from rlhf.data.chat import IGNORED, Encoded, encode_conversation
 from rlhf.data.ledger import Store
 from rlhf.data.records import Conversation
 from rlhf.errors import DataError
-from rlhf.models.loading import load_policy, load_tokenizer, save_model, setup_torch
+from rlhf.models.loading import load_policy, load_tokenizer, save_trained, setup_torch
 from rlhf.nodes import NodeContext
 from rlhf.training.sft import fine_tune
 
@@ -31,7 +30,7 @@ def run(context: NodeContext) -> None:
     """Train on every assistant turn of the demonstrations; writes data_counts.json and model/."""
     config, directory = context.config, context.directory
     setup_torch(config.compute)
-    if directory.model.exists():
+    if directory.has("model"):
         return
     base = context.inputs.models["base"].path
     tokenizer = load_tokenizer(base)
@@ -42,7 +41,7 @@ def run(context: NodeContext) -> None:
         max_length=config.model.max_length,
         seed=context.seed,
     )
-    write_json(directory.path / "data_counts.json", counts)
+    directory.write_json("data_counts.json", counts)
     log.info("%d demonstrations to train on: %s", len(rows), counts)
     model = load_policy(base, model=config.model, seed=context.seed)
     fine_tune(
@@ -57,7 +56,7 @@ def run(context: NodeContext) -> None:
         directory=directory,
         seed=context.seed,
     )
-    save_model(model, tokenizer, directory.model)
+    save_trained(model, tokenizer, directory)
 
 
 def read_demonstrations(context: NodeContext) -> list[Conversation]:

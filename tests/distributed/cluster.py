@@ -15,14 +15,14 @@ from shared_nodes import FAULT, WEIGHTS
 
 from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_json, write_text
 from rlhf.compose import freeze
-from rlhf.config import Config, Paths, StageResources, Strategy, Tracking, TrackingMode
+from rlhf.config import Config, Paths, Precision, StageResources, Strategy, Tracking, TrackingMode
 from rlhf.launch.local import PLAN, NodeServer
 from rlhf.nodes import Node
 from rlhf.plan import Plan
 from rlhf.state import LOG
 from rlhf.worker import process_environment
 
-STAGES = dict.fromkeys(("sft", "reward", "ppo"), "shared_nodes")
+STAGES = dict.fromkeys(("sft", "reward", "ppo", "evaluate"), "shared_nodes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,8 @@ class Cluster:
         every_steps: int | None = None,
         fault: str = "",
         timeout_seconds: float = 60.0,
+        offload: bool = False,
+        bf16: bool = False,
         ppo: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Outcome:
@@ -104,7 +106,9 @@ class Cluster:
         config.checkpoint.every_steps = every_steps
         config.paths = Paths(runs=str(folder), store=str(folder / "store"))
         config.tracking = Tracking(mode=TrackingMode.none)
+        config.model.precision = Precision.bf16 if bf16 else Precision.fp32
         config.distributed.strategy = strategy
+        config.distributed.offload_optimizer = offload
         config.distributed.timeout_seconds = timeout_seconds
         setattr(config.resources, stage, StageResources(processes=processes))
         run_dir = folder / config.run.replace("${recipe}", config.recipe)

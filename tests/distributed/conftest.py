@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("cluster")
+pytest.register_assert_rewrite("cluster", "workbench")
 
 from cluster import STAGES, Cluster, Outcome, environment  # noqa: E402
+from tiny_run import TinyRun, shared_run  # noqa: E402
+from workbench import Workbench  # noqa: E402
 
 from rlhf.launch.local import NodeServer  # noqa: E402
 
@@ -41,3 +43,14 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         return made[key]
 
     return train
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return shared_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def bench(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    with Workbench.open(tiny, tmp_path_factory.mktemp("stages")) as opened:
+        yield opened

@@ -80,6 +80,7 @@ def test_a_process_that_stays_away_is_named_with_its_place(tmp_path: Path) -> No
         if processes.rank == 1:
             time.sleep(8)
             return "slept"
+        time.sleep(0.5)
         processes.wait("checkpoint 12")
         return "met"
 
@@ -127,13 +128,50 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
     assert read_json(tmp_path / "node" / "result.json") == {"rank": 0}
 
 
-def test_a_saved_step_stops_without_asking_anybody(tmp_path: Path) -> None:
+def test_shards_are_shared_and_each_is_made_once(tmp_path: Path) -> None:
+    def work(processes: Processes) -> object:
+        directory = NodeDir(tmp_path / "node", processes=processes)
+        made: list[int] = []
+
+        def make(number: int) -> list[dict[str, object]]:
+            made.append(number)
+            return [{"shard": number, "rank": processes.rank}]
+
+        rows = directory.shards(["a", "b", "c"], make)
+        again = directory.shards(["a", "b", "c"], make)
+        return made, rows == again, [row["rank"] for [row] in rows]
+
+    assert together(tmp_path, work) == [[[0, 2], True, [0, 1, 0]], [[1], True, [0, 1, 0]]]
+
+
+def test_a_request_to_one_process_stops_all_after_their_shards(tmp_path: Path) -> None:
+    def work(processes: Processes) -> object:
+        directory = NodeDir(tmp_path / "node", processes=processes)
+
+        def make(number: int) -> list[dict[str, object]]:
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return []
+
+        try:
+            directory.shards(["a", "b", "c", "d"], make)
+        except Stopped:
+            return "stopped"
+        return "done"
+
+    assert together(tmp_path, work) == ["stopped", "stopped"]
+    made = {path.name for path in (tmp_path / "node" / "shards").iterdir()}
+    assert made == {"a.jsonl", "b.jsonl", "c.jsonl"}
+
+
+def test_a_request_stops_a_single_process_after_its_shard(tmp_path: Path) -> None:
     directory = NodeDir(tmp_path)
-    directory.step(1, 2, is_saved=True)
+    directory.step(1, 2)
     STOP.note(signal.SIGTERM)
     directory.step(1, 2)
-    with pytest.raises(Stopped, match="after step 2 of 2; its state is saved"):
-        directory.step(2, 2, is_saved=True)
+    with pytest.raises(Stopped, match="its state is saved"):
+        directory.shards(["a", "b"], lambda number: [{"number": number}])
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["a.jsonl"]
 
 
 def test_the_first_signal_is_remembered() -> None:

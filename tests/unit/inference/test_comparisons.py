@@ -6,6 +6,7 @@ from rlhf.data.records import Comparison
 from rlhf.data.split import prompt_key
 from rlhf.inference.comparisons import Sides, cap_by_prompt, encode, exchange, score_sides
 from rlhf.inference.scoring import HfScorer
+from rlhf.processes import Processes
 
 
 def comparison(number: int, prompt: int, **changes: Any) -> Comparison:
@@ -61,7 +62,9 @@ def test_scores_reach_their_sides_over_several_chunks() -> None:
     lists = micro.token_lists(600)
     sides = [Sides(comparison(i, i), lists[i], lists[300 + i]) for i in range(300)]
     calls: list[tuple[int, int]] = []
-    pairs = score_sides(scorer, sides, on_chunk=lambda *call: calls.append(call))
+    pairs = score_sides(
+        scorer, sides, on_chunk=lambda *call: calls.append(call), processes=Processes()
+    )
     assert calls == [(256, 300), (300, 300)]
     expected = scorer.score_ids(lists)
     for index in (0, 1, 255, 256, 299):
