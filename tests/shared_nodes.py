@@ -24,6 +24,7 @@ from rlhf.data.records import Comparison
 from rlhf.inference.comparisons import Sides, score_sides
 from rlhf.inference.scoring import HfScorer
 from rlhf.nodes import NodeContext
+from rlhf.processes import BEAT_SECONDS
 
 REVISION = 1
 FAULT = "SHARED_FAULT"
@@ -99,20 +100,25 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def _die() -> None:
+    time.sleep(2 * BEAT_SECONDS)  # So that this process's place is on disk.
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _plant_fault(directory: NodeDir) -> None:
     if FAULT not in os.environ:
         return
     kind, rank, at = os.environ[FAULT].split(":")
     faults: dict[str, Callable[[], None]] = {
-        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "kill": _die,
         "hang": lambda: time.sleep(600),
         "stop": lambda: os.kill(os.getppid(), signal.SIGUSR1),
     }
     finish = directory.step
 
     def step(number: int, total: int) -> None:
+        finish(number, total)
         if number == int(at) and directory.processes.rank == int(rank):
             faults[kind]()
-        finish(number, total)
 
     directory.step = step  # type: ignore[method-assign]

@@ -224,6 +224,9 @@ class StepTrainer:
             folder = Path(resume_from_checkpoint)
             engine.load(folder / OPTIMIZER)
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULE, weights_only=True))
+            rates = self.lr_scheduler.get_last_lr()
+            for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
         return engine.model, train_dataloader
 
     def training_step(self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None) -> Any:
