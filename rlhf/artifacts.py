@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,25 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import ArtifactError, Stopped
+from rlhf.faults import boundary
 from rlhf.processes import STOP, Processes
 
 MANIFEST = "manifest.json"
 COMPLETE = "complete.json"
-KILL_VARIABLE = "RLHF_KILL_AT"
-"""Fault injection for tests: `<boundary>:<text in the path>`, as in `before-rename:manifest`."""
-
-
-STOP_VARIABLE = "RLHF_STOP_AT"
-"""The same for a request to stop, as a scheduler sends it."""
-FAULTS = {KILL_VARIABLE: signal.SIGKILL, STOP_VARIABLE: signal.SIGUSR1}
-
-
-def boundary(name: str, where: Path | str) -> None:
-    """Die here, or be asked to stop, when the fault tests want it."""
-    for variable, number in FAULTS.items():
-        kind, _, text = os.environ.get(variable, "").partition(":")
-        if kind == name and text in str(where):
-            os.kill(os.getpid(), number)
 
 
 def fsync_path(path: Path) -> None:

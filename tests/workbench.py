@@ -14,8 +14,6 @@ from tiny_run import EVERY_STEPS, TinyRun, link_or_copy, rows_without_time
 
 from rlhf.artifacts import (
     COMPLETE,
-    KILL_VARIABLE,
-    STOP_VARIABLE,
     NodeDir,
     list_files,
     read_json,
@@ -25,6 +23,7 @@ from rlhf.artifacts import (
 from rlhf.compose import freeze
 from rlhf.data.ledger import FOLDERS
 from rlhf.data.records import AXES, Kind
+from rlhf.faults import KILL_VARIABLE, STOP_VARIABLE
 from rlhf.fingerprint import STAGES
 from rlhf.launch.local import NodeServer
 from rlhf.nodes import Node

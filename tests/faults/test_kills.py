@@ -19,9 +19,10 @@ import pytest
 from tiny_run import ROOT, rlhf, rows_without_time
 from workbench import NODES, TRAINING, Kept, Workbench, assert_resumed, assert_same, place
 
-from rlhf.artifacts import KILL_VARIABLE, NodeDir
+from rlhf.artifacts import NodeDir
 from rlhf.data.records import Kind
 from rlhf.errors import STOPPED_EXIT
+from rlhf.faults import KILL_VARIABLE
 from rlhf.state import LOG, read_progress
 
 pytestmark = pytest.mark.faults

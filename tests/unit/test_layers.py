@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 LAYERS = {
-    0: ("errors", "config", "artifacts", "metrics", "nodes", "processes"),
+    0: ("errors", "config", "artifacts", "faults", "metrics", "nodes", "processes"),
     1: ("data", "toy", "algo", "tracking"),
     2: ("models", "inference", "training"),
     3: ("stages",),
