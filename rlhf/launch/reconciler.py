@@ -26,6 +26,8 @@ from rlhf.nodes import Node
 from rlhf.state import log_tail
 
 LOCK = "launch.lock"
+MAX_SILENCES = 40
+"""Looks without an answer of the scheduler before following gives up: ten minutes by default."""
 
 
 class Reconciler:
@@ -48,18 +50,34 @@ class Reconciler:
             return self._submit(self._launcher.poll(), self._done())
 
     def follow(self, console: Console) -> None:
-        """Submit, wait and retry by the policy until nothing is left that can run."""
+        """Submit, wait and retry by the policy until nothing is left that can run.
+
+        Raises LauncherError when the scheduler has given no answer MAX_SILENCES times in a row.
+        """
+        silences = 0
         while True:
-            with launch_lock(self._folder):
-                # One look for both: a job that ends in between is judged before it is replaced.
-                jobs, done = self._launcher.poll(), self._done()
-                self._judge_ended(jobs, done, console)
-                alive, submitted = self._submit(jobs, done)
-            for name, job in submitted.items():
-                console.print(f"{name}: job {job}", highlight=False)
-            if not alive and not submitted:
+            try:
+                is_over = self._look(console)
+                silences = 0
+            except LauncherError as error:
+                is_over, silences = False, silences + 1
+                if silences == MAX_SILENCES:
+                    raise
+                console.print(f"[yellow]{error}[/yellow]", highlight=False)
+            if is_over:
                 return
             time.sleep(self._config.launcher.poll_seconds)
+
+    def _look(self, console: Console) -> bool:
+        """Judge what has ended and submit what is missing; tells whether nothing lives any more."""
+        with launch_lock(self._folder):
+            # One poll for both: a job that ends in between is judged before it is replaced.
+            jobs, done = self._launcher.poll(), self._done()
+            self._judge_ended(jobs, done, console)
+            alive, submitted = self._submit(jobs, done)
+        for name, job in submitted.items():
+            console.print(f"{name}: job {job}", highlight=False)
+        return not alive and not submitted
 
     def _done(self) -> set[str]:
         return {name for name in self._nodes if NodeDir(self._folder / name).is_done()}

@@ -12,6 +12,7 @@ from rlhf import compose
 from rlhf.artifacts import write_manifest
 from rlhf.config import Config
 from rlhf.errors import LauncherError
+from rlhf.launch import reconciler
 from rlhf.launch.failures import new_exit, note_exit
 from rlhf.launch.jobs import ENDED, RUNNING, Job
 from rlhf.launch.reconciler import Reconciler, launch_lock
@@ -70,44 +71,66 @@ def config() -> Config:
 
 def follow(config: Config, folder: Path, **ends: list[str]) -> tuple[Script, Reconciler]:
     script = Script(folder, ends)
-    reconciler = Reconciler(config, NODES, folder, script)
-    reconciler.follow(Console(quiet=True))
-    return script, reconciler
+    followed = Reconciler(config, NODES, folder, script)
+    followed.follow(Console(quiet=True))
+    return script, followed
 
 
 def test_everything_runs_once_in_the_plans_order(config: Config, tmp_path: Path) -> None:
-    script, reconciler = follow(config, tmp_path)
+    script, followed = follow(config, tmp_path)
     assert script.history == ["a", "b", "c", "d"]
-    assert reconciler.held == {}
+    assert followed.held == {}
 
 
 def test_a_lost_machine_is_retried_and_an_error_is_not(config: Config, tmp_path: Path) -> None:
-    script, reconciler = follow(config, tmp_path, b=["error"], c=["node_failure", "preempted"])
+    script, followed = follow(config, tmp_path, b=["error"], c=["node_failure", "preempted"])
     assert script.history == ["a", "b", "c", "c", "c"]
-    assert reconciler.held == {"b": "error"}
-    assert "node b: error" in reconciler.failures()
+    assert followed.held == {"b": "error"}
+    assert "node b: error" in followed.failures()
 
 
 def test_retries_end(config: Config, tmp_path: Path) -> None:
     config.launcher.retries.node_failure = 2
-    script, reconciler = follow(config, tmp_path, a=["node_failure"] * 9)
+    script, followed = follow(config, tmp_path, a=["node_failure"] * 9)
     assert script.history == ["a", "a", "a"]
-    assert reconciler.held == {"a": "node_failure"}
+    assert followed.held == {"a": "node_failure"}
 
 
 def test_a_cancelled_node_is_left_alone(config: Config, tmp_path: Path) -> None:
-    script, reconciler = follow(config, tmp_path, c=["cancelled"])
+    script, followed = follow(config, tmp_path, c=["cancelled"])
     assert script.history == ["a", "b", "c", "d"]
-    assert reconciler.held == {"c": "cancelled"}
+    assert followed.held == {"c": "cancelled"}
 
 
 def test_a_jobs_own_word_counts_more_than_the_schedulers(config: Config, tmp_path: Path) -> None:
-    reconciler = Reconciler(config, NODES, tmp_path, Script(tmp_path, {}))
+    judge = Reconciler(config, NODES, tmp_path, Script(tmp_path, {}))
     (tmp_path / "a").mkdir()
     note_exit(tmp_path / "a", new_exit("1", 0, 2, "bad_input"))
-    assert reconciler.failure_of("a", Job("a", "1", ENDED, failure="error")) == "bad_input"
-    assert reconciler.failure_of("b", Job("b", "2", ENDED, failure="time_limit")) == "time_limit"
-    assert reconciler.failure_of("c", None) == "node_failure"
+    assert judge.failure_of("a", Job("a", "1", ENDED, failure="error")) == "bad_input"
+    assert judge.failure_of("b", Job("b", "2", ENDED, failure="time_limit")) == "time_limit"
+    assert judge.failure_of("c", None) == "node_failure"
+
+
+def test_a_scheduler_that_is_silent_for_a_while_ends_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciler, "MAX_SILENCES", 3)
+    script = Script(tmp_path, {})
+    answers = [True, False, False, True, False, True]
+    poll = script.poll
+
+    def moody() -> dict[str, Job]:
+        if answers and not answers.pop(0):
+            raise LauncherError("no answer")
+        return poll()
+
+    monkeypatch.setattr(script, "poll", moody)
+    Reconciler(config, NODES, tmp_path, script).follow(Console(quiet=True))
+    assert script.history == ["a", "b", "c", "d"]
+
+    answers += [False] * 3
+    with pytest.raises(LauncherError, match="no answer"):
+        Reconciler(config, NODES, tmp_path, script).follow(Console(quiet=True))
 
 
 def test_two_launches_do_not_submit_at_once(tmp_path: Path) -> None:
