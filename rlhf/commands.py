@@ -28,10 +28,9 @@ from rlhf.fingerprint import (
 )
 from rlhf.launch import operator
 from rlhf.launch.conclude import conclude
-from rlhf.launch.failures import PARENT_FAILED, remedy
+from rlhf.launch.failures import remedy
 from rlhf.launch.ranks import MACHINE, is_rank, needs_srun, run_machines, run_node
 from rlhf.lease import current_job
-from rlhf.nodes import Node
 from rlhf.operate import changed_files, clean_run, export_version
 from rlhf.plan import Plan, waiting_batches
 from rlhf.processes import STOP
@@ -183,13 +182,7 @@ def status(config: Config, *, verify: str) -> int:
     out.print(table)
     for version in list_versions(config, drafted, folder):
         out.print(f"{version.name}: {version.state} {version.overruled}".rstrip())
-    waiting = [name for name, failure in ended.items() if failure == PARENT_FAILED]
-    if waiting:
-        out.print(f"not started, for a node before them failed: {', '.join(waiting)}")
-    for name, failure in ended.items():
-        if failure == PARENT_FAILED:
-            continue
-        _show_ended(drafted.node(name), folder, failure, out)
+    _show_ended(drafted, folder, ended, out)
     if _flag("verify", verify):
         checked, changed = changed_files(drafted, folder)
         out.print(f"{checked} files checked by sha256; changed: {', '.join(changed) or 'none'}")
@@ -197,14 +190,21 @@ def status(config: Config, *, verify: str) -> int:
     return 0
 
 
-def _show_ended(node: Node, folder: Path, failure: str, out: Console) -> None:
-    """Print how a node ended that is not done: the kind of failure, its last lines, the remedy."""
-    if failure:
-        out.print(f"[red]{node.name}: {failure}[/red]; {remedy(failure, node.stage)}")
-    lines = log_tail(folder / node.name)
-    if lines:
-        out.print(f"the end of {folder / node.name / 'log.txt'}:")
-        out.print("\n".join(lines), markup=False, highlight=False)
+def _show_ended(plan: Plan, folder: Path, ended: Mapping[str, str], out: Console) -> None:
+    """Print how nodes ended that are not done: the kind of failure, the last lines, the remedy."""
+    logs = {name: log_tail(folder / name) for name in ended}
+    for failure in dict.fromkeys(ended.values()):
+        names = [name for name in ended if ended[name] == failure and not logs[name]]
+        if names and failure:
+            advice = remedy(failure, plan.node(names[0]).stage)
+            out.print(f"never started ({failure}; {advice}): {', '.join(names)}")
+    for name, failure in ended.items():
+        if not logs[name]:
+            continue
+        if failure:
+            out.print(f"[red]{name}: {failure}[/red]; {remedy(failure, plan.node(name).stage)}")
+        out.print(f"the end of {folder / name / 'log.txt'}:")
+        out.print("\n".join(logs[name]), markup=False, highlight=False)
 
 
 def ingest(config: Config, *files: str) -> int:

@@ -115,7 +115,8 @@ def reconcile(
 
     `jobs` is what the launcher's last poll said.
     """
-    alive = {name: job for name, job in jobs.items() if job.is_alive and name not in done}
+    names = [node.name for node in nodes if node.name in jobs and node.name not in done]
+    alive = {name: jobs[name] for name in names if jobs[name].is_alive}
     ids = {name: job.id for name, job in alive.items()}
     submitted: dict[str, str] = {}
     for item in next_submissions(

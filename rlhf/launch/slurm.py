@@ -79,11 +79,9 @@ class SlurmLauncher:
         )
         found: dict[str, tuple[int, Job]] = {}
         for row in rows.splitlines():
-            parsed = self._parse(row)
-            if parsed is not None:
-                number, job = parsed
+            for number, job in self._parse(row):
                 if job.node not in found or number > found[job.node][0]:
-                    found[job.node] = parsed
+                    found[job.node] = number, job
         return {name: job for name, (_, job) in found.items()}
 
     def cancel(self, jobs: Sequence[Job]) -> None:
@@ -152,26 +150,43 @@ class SlurmLauncher:
             f"--signal=B:USR1@{self._config.launcher.grace_seconds}",
         ]
 
-    def _parse(self, row: str) -> tuple[int, Job] | None:
-        """Read one line of squeue; None for a job that is not this run's."""
+    def _parse(self, row: str) -> list[tuple[int, Job]]:
+        """Read one line of squeue: a job, or the shards of an array; none of another run's."""
         number, array, index, state, reason, start, comment = row.split("|", maxsplit=6)
         mark = f"rlhf:{self.key}:"
         if not comment.startswith(mark):
-            return None
-        node, job = comment[len(mark) :], number
-        if index.isdigit():
-            node, job = f"{node}-{index}", f"{array}_{index}"
-        if reason == NEVER and state in (*WAITING, "CANCELLED"):
-            # Such a job waits for ever or was removed; the next launch replaces it.
-            return int(number), Job(node, job, ENDED, reason, failure=PARENT_FAILED)
-        if state in WAITING:
-            return int(number), Job(node, job, PENDING, reason, start=start)
-        if state in LIVING:
-            return int(number), Job(node, job, RUNNING, state, start=start)
-        return int(number), Job(node, job, ENDED, state, failure=FAILURES.get(state, ERROR))
+            return []
+        group = comment[len(mark) :]
+        shards = array_indices(index)
+        names = {f"{group}-{n}": f"{array}_{n}" for n in shards} or {group: number}
+        return [
+            (int(number), _job(node, job, state=state, reason=reason, start=start))
+            for node, job in names.items()
+        ]
 
     def _call(self, *command: str, script: str | None = None) -> str:
         return call(command, seconds=self._config.launcher.slurm.call_seconds, script=script)
+
+
+def _job(node: str, job: str, *, state: str, reason: str, start: str) -> Job:
+    if reason == NEVER and state in (*WAITING, "CANCELLED"):
+        # Such a job waits for ever or was removed; the next launch replaces it.
+        return Job(node, job, ENDED, reason, failure=PARENT_FAILED)
+    if state in WAITING:
+        return Job(node, job, PENDING, reason, start=start)
+    if state in LIVING:
+        return Job(node, job, RUNNING, state, start=start)
+    return Job(node, job, ENDED, state, failure=FAILURES.get(state, ERROR))
+
+
+def array_indices(text: str) -> list[int]:
+    """Read the indices of an array as squeue writes them, such as 3 or 0-2,7%4; [] for N/A."""
+    found: list[int] = []
+    for part in text.partition("%")[0].strip("[]").split(","):
+        first, dash, last = part.partition("-")
+        if first.isdigit() and (last.isdigit() or not dash):
+            found += range(int(first), int(last if dash else first) + 1)
+    return found
 
 
 def call(command: Sequence[str], *, seconds: float, script: str | None = None) -> str:

@@ -159,7 +159,7 @@ def test_a_killed_stage_is_told_apart_from_a_failed_one(launched: Launched) -> N
     status = launched.rlhf("status")
     assert "sft: out_of_memory" in status
     assert "raise resources.sft.memory" in status
-    assert "not started, for a node before them failed: round-01/collect" in status
+    assert "never started (parent_failed; a node before it failed" in status
 
 
 def _pid(lease: Path) -> int:

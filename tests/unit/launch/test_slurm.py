@@ -12,7 +12,7 @@ from rlhf import compose
 from rlhf.config import Config
 from rlhf.errors import ConfigError, LauncherError
 from rlhf.launch.jobs import ENDED, PENDING, RUNNING
-from rlhf.launch.slurm import SlurmLauncher, call, check_template
+from rlhf.launch.slurm import SlurmLauncher, array_indices, call, check_template
 from rlhf.nodes import Node
 from rlhf.plan import build_plan
 
@@ -131,6 +131,7 @@ def test_the_queue_is_read_by_comment_and_the_newest_job_counts(tmp_path: Path, 
         "6|6|N/A|RUNNING|None|x|(null)",
         f"11|10|0|RUNNING|None|x|rlhf:{key}:round-01/sample",
         f"12|10|1|FAILED|NonZeroExitCode|x|rlhf:{key}:round-01/sample",
+        f"20|20|[0-1]|CANCELLED|Dependency|x|rlhf:{key}:round-02/sample",
         f"13|13|N/A|CANCELLED|DependencyNeverSatisfied|x|rlhf:{key}:round-01/ppo",
         f"14|14|N/A|PENDING|DependencyNeverSatisfied|x|rlhf:{key}:round-01/evaluate",
         f"15|15|N/A|OUT_OF_MEMORY|OutOfMemory|x|rlhf:{key}:round-01/reward-safety",
@@ -141,11 +142,21 @@ def test_the_queue_is_read_by_comment_and_the_newest_job_counts(tmp_path: Path, 
         "sft": ("9", PENDING, ""),
         "round-01/sample-0": ("10_0", RUNNING, ""),
         "round-01/sample-1": ("10_1", ENDED, "error"),
+        "round-02/sample-0": ("20_0", ENDED, "cancelled"),
+        "round-02/sample-1": ("20_1", ENDED, "cancelled"),
         "round-01/ppo": ("13", ENDED, "parent_failed"),
         "round-01/evaluate": ("14", ENDED, "parent_failed"),
         "round-01/reward-safety": ("15", ENDED, "out_of_memory"),
     }
     assert jobs["sft"].start == "2030-01-01T00:00:00"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("N/A", []), ("3", [3]), ("[0-2,7]", [0, 1, 2, 7]), ("0-3%2", [0, 1, 2, 3]), ("0,2", [0, 2])],
+)
+def test_array_indices_as_squeue_writes_them(text: str, expected: list[int]) -> None:
+    assert array_indices(text) == expected
 
 
 def test_submitting_names_the_jobs_of_nodes_and_shards(tmp_path: Path, stub: Path) -> None:
