@@ -26,8 +26,9 @@ REMEDIES: Mapping[str, str] = {
     PREEMPTED: "another job took the machine; it goes on from its checkpoint when it is back",
     TIME_LIMIT: "it goes on from its checkpoint; a longer resources.STAGE.time means fewer stops",
     NODE_FAILURE: "the machine failed; `rlhf launch` starts it again from its checkpoint",
-    OUT_OF_MEMORY: "it was killed, most likely for want of memory: lower "
-    "STAGE.micro_batch_size, set model.gradient_checkpointing=true or distributed=zero3, or raise resources.STAGE.memory; then `rlhf launch` again",
+    OUT_OF_MEMORY: "it was killed, most likely for want of memory: lower STAGE.micro_batch_size, "
+    "set model.gradient_checkpointing=true or distributed=zero3, or raise resources.STAGE.memory; "
+    "then `rlhf launch` again",
     ERROR: "mend the cause that the log's last lines name, then `rlhf launch` again",
     BAD_INPUT: "correct the setting or the data that the log names, then `rlhf launch` again",
     CANCELLED: "`rlhf launch` starts it again from its checkpoint",
