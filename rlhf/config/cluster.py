@@ -25,6 +25,11 @@ class Strategy(Enum):
     zero3 = auto()
     fsdp = auto()
 
+    @property
+    def shares(self) -> bool:
+        """Tell whether processes need an engine; replicas are whole models that know no other."""
+        return self is not Strategy.ddp
+
 
 class LauncherKind(Enum):
     """Who runs the jobs of `rlhf launch`."""
@@ -37,7 +42,10 @@ class LauncherKind(Enum):
 @dataclass
 class Distributed:
     strategy: Strategy = execution(Strategy.ddp)
-    """ddp copies the model to every process; zero1-3 and fsdp share its states among them."""
+    """ddp copies the model to every process; zero1-3 and fsdp share its states among them.
+
+    A node with a single process trains plainly, whatever stands here.
+    """
     offload_optimizer: bool = execution(False)
     """With zero1-3, keep optimizer states in main memory."""
     timeout_seconds: float = execution(1800.0)

@@ -206,6 +206,7 @@ class Config:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_annotators()
+        self._check_processes()
         for key, sampling in (
             ("rejection", self.rejection.sampling),
             ("ppo", self.ppo.sampling),
@@ -240,6 +241,25 @@ class Config:
                 require(value >= 1, key, value, "give at least 1")
             if isinstance(value, int | float) and name.endswith("_share"):
                 require(0 <= value <= 1, key, value, "give a share between 0 and 1")
+
+    def _check_processes(self) -> None:
+        for stage in ("sft", "reward", "rejection", "ppo"):
+            is_shared = self.resources.of(stage).num_processes > 1
+            require(
+                not (is_shared and self.model.lora.enabled and self.distributed.strategy.shares),
+                "distributed.strategy",
+                self.distributed.strategy.name,
+                f"an adapter's states are small: with model.lora.enabled=true and several "
+                f"processes for resources.{stage}, use distributed=ddp",
+            )
+        minibatch = self.ppo.batch_size // self.ppo.num_minibatches
+        processes = self.resources.ppo.num_processes
+        require(
+            minibatch % processes == 0,
+            "ppo.batch_size / ppo.num_minibatches",
+            minibatch,
+            f"make it a multiple of the {processes} processes of resources.ppo, which share it",
+        )
 
     def _check_annotators(self) -> None:
         simulated = self.collect.annotators is Annotators.simulated

@@ -11,6 +11,9 @@ average gradients. Weights are fp32; bf16 is autocast in the forward pass, as fo
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from rlhf.config import Config, Precision, Strategy
+from rlhf.errors import ConfigError
 from rlhf.models.loading import autocast
 from rlhf.processes import Processes
 from rlhf.training.layout import ZERO_STAGES
@@ -101,6 +105,7 @@ class ZeroEngine:
         device: torch.device,
         max_grad_norm: float,
     ) -> None:
+        _find_compiler(device)
         import deepspeed
 
         self._processes, self._max_grad_norm = processes, max_grad_norm
@@ -185,6 +190,19 @@ class ZeroEngine:
             else inner.single_partition_of_fp32_groups
         )
         return list(parts)
+
+
+def _find_compiler(device: torch.device) -> None:
+    """Put ninja on PATH; ConfigError where DeepSpeed cannot compile what it wants on a CPU."""
+    own = Path(sys.executable).parent
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"
+    missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+    if missing and device.type == "cpu":
+        raise ConfigError(
+            f"distributed.strategy: DeepSpeed compiles its part for processors and finds no "
+            f"{' and no '.join(missing)}: install it, or use distributed=ddp or distributed=fsdp"
+        )
 
 
 def deepspeed_config(

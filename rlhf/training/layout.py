@@ -25,7 +25,7 @@ ZERO_STAGES = {Strategy.zero0: 0, Strategy.zero1: 1, Strategy.zero2: 2, Strategy
 
 def is_shared(config: Config, processes: Processes) -> bool:
     """Tell whether a training needs an engine: a single process always trains plainly."""
-    return processes.size > 1 and config.distributed.strategy is not Strategy.ddp
+    return processes.size > 1 and config.distributed.strategy.shares
 
 
 def conditions(config: Config, processes: Processes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from rlhf import compose
 from rlhf.config import Config, Engine, LauncherKind, Strategy, leaves
+from rlhf.errors import ConfigError
 from rlhf.fingerprint import (
     PLAN_GROUPS,
     STAGE_GROUPS,
@@ -123,6 +124,25 @@ def test_every_model_composes(model: str) -> None:
 def test_every_strategy_composes(strategy: Strategy) -> None:
     config = config_of("recipe=quickstart", f"distributed={strategy.name}")
     assert config.distributed.strategy is strategy
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rejection", "ppo"])
+def test_adapters_are_refused_where_processes_share_a_model(stage: str) -> None:
+    lora = ("recipe=quickstart", "model.lora.enabled=true", "ppo.batch_size=64")
+    two = f"resources.{stage}.processes=2"
+    for fine in (("distributed=ddp", two), ("distributed=zero2",)):
+        config_of(*lora, *fine)
+    with pytest.raises(
+        ConfigError, match=f"=zero2 cannot work.*resources.{stage}.*distributed=ddp"
+    ):
+        config_of(*lora, "distributed=zero2", two)
+
+
+def test_a_minibatch_that_processes_cannot_share_is_refused() -> None:
+    settings = ("recipe=quickstart", "ppo.batch_size=24", "ppo.num_minibatches=4")
+    config_of(*settings, "resources.ppo.processes=3")
+    with pytest.raises(ConfigError, match=r"num_minibatches=6 cannot work.*the 4 processes"):
+        config_of(*settings, "resources.ppo.processes=2", "resources.ppo.nodes=2")
 
 
 @pytest.mark.parametrize("kind", list(LauncherKind))
