@@ -125,3 +125,14 @@ def test_bf16_autocast_reaches_the_forward_pass(
     ]
     print("BF16", stage, strategy.name, losses)
     assert abs(losses[0] - losses[1]) < abs(losses[0] - losses[2])
+
+
+def test_scores_of_shared_chunks_are_the_same_bits(
+    cluster: Cluster, alone: Alone, tmp_path: Path
+) -> None:
+    """600 comparisons in three chunks: two for the first process, one for the second."""
+    one = alone("evaluate")
+    two = cluster.run(tmp_path, "evaluate", processes=2).done()
+    assert two.weights["scores"].shape == (1200,)
+    assert two.weights["scores"].equal(one.weights["scores"])
+    assert len(set(two.digests)) == 1

@@ -80,16 +80,3 @@ def test_training_stages_write_what_one_process_writes(
     assert ours["files"].keys() == wanted["files"].keys()
     if stage == "reward":
         assert_same_files(folder, bench.tiny, name, "mixture.json", "accuracy_before.json")
-
-
-def test_scores_of_shared_chunks_are_the_same_bits(
-    cluster,
-    alone,
-    tmp_path: Path,  # type: ignore[no-untyped-def]
-) -> None:
-    """600 comparisons in three chunks: two for the first process, one for the second."""
-    one = alone("evaluate")
-    two = cluster.run(tmp_path, "evaluate", processes=2).done()
-    assert two.weights["scores"].shape == (1200,)
-    assert two.weights["scores"].equal(one.weights["scores"])
-    assert len(set(two.digests)) == 1
