@@ -71,7 +71,13 @@ def _ppo(context: NodeContext, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _score(context: NodeContext, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     directory, lists = context.directory, micro.token_lists(1200)
     comparison = Comparison(
-        id="x", axis="safety", prompt=[], chosen="a", rejected="b", strength=None, source="x"
+        id="x",
+        axis="safety",
+        prompt=[{"role": "user", "content": "a fish"}],
+        chosen="a",
+        rejected="b",
+        strength=None,
+        source="x",
     )
     sides = [Sides(comparison, lists[2 * i], lists[2 * i + 1]) for i in range(600)]
     scorer = HfScorer(micro.scorer(0, dtype), micro.tokenizer(), max_length=256)
