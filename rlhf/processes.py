@@ -150,7 +150,7 @@ class Processes:
         rows = sorted((row["since"], row) for row in self._places())
         lines = [
             f"rank {row['rank']} ({row['host']}, process {row['pid']}): at `{row['place']}` for "
-            f"{now - row['since']:.0f} s, last sign of life {now - row['beat']:.0f} s ago"
+            f"{now - row['since']:.0f} s, last sign of life {max(now - row['beat'], 0.0):.0f} s ago"
             for _, row in rows
         ]
         missing = sorted({*range(self.size)} - {row["rank"] for _, row in rows})
