@@ -6,9 +6,13 @@ vLLM is imported here and late: it is optional, and its import takes as long as 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
+GUARD = "import os, sys; sys.stdin.read(); [os.kill(int(pid), 9) for pid in sys.argv[1:]]"
+"""Waits for the end of a pipe, which the kernel brings however the other side ends."""
 VOLATILE = ("_name_or_path", "dtype", "transformers_version")
 """Entries of config.json that do not say which architecture it is."""
 
@@ -45,6 +51,7 @@ class Engine:
         self.architecture = architecture(folder)
         vllm = _import_vllm()
         self._params = vllm.SamplingParams
+        before = set(multiprocessing.active_children())
         self._llm: Any = vllm.LLM(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -60,7 +67,10 @@ class Engine:
         )
         self._loaded: Path | None = folder
         self._lock = threading.Lock()
-        self.close = weakref.finalize(self, _stop, self._llm)
+        started = set(multiprocessing.active_children()) - before
+        self.close = weakref.finalize(
+            self, _stop, self._llm, guard([child.pid for child in started if child.pid])
+        )
 
     def load(self, weights: Path) -> None:
         """Answer with the weights of this folder from now on; ConfigError for another model."""
@@ -155,5 +165,17 @@ def _memory(settings: GeneratorSettings) -> dict[str, Any]:
     return {"kv_cache_memory_bytes": size, "enforce_eager": True}
 
 
-def _stop(llm: Any) -> None:
+def guard(pids: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start what kills these processes when this one is gone, even after kill -9.
+
+    vLLM's engine would stay and hold the device; its own workers do end with it.
+    """
+    command = [sys.executable, "-S", "-E", "-c", GUARD, *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _stop(llm: Any, guarding: subprocess.Popen[bytes]) -> None:
+    # First, so that it never meets a number that has become another process's.
+    guarding.kill()
+    guarding.communicate()
     llm.llm_engine.engine_core.shutdown()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -93,8 +92,10 @@ def greedy(seed: int, prompt: Sequence[int]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """Start a server over a folder of runs; gives the folder's parent and the URL."""
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, str, subprocess.Popen[bytes]]]:
+    """Start a server over a folder of runs; gives the folder's parent, the URL and the process."""
     folder = tmp_path_factory.mktemp("server")
     save_model(model(5), micro.tokenizer(), folder / "base")
     (folder / "runs").mkdir()
@@ -107,9 +108,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     environment = {**os.environ, "PYTHONPATH": str(ROOT), TOKEN_VARIABLE: TOKEN}
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    yield folder, f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0, (folder / "log.txt").read_text()
+    yield folder, f"http://127.0.0.1:{port}", process
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +278,9 @@ def test_ppo_samples_from_the_policy_that_it_trains(
 
 
 def test_a_server_answers_as_the_engine_does(
-    server: tuple[Path, str], made: Config, monkeypatch: pytest.MonkeyPatch
+    server: tuple[Path, str, subprocess.Popen[bytes]], made: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, url = server
+    folder, url, process = server
     remote = configured(folder, Engine.vllm_server)
     remote.generator.url = url
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
@@ -289,7 +290,10 @@ def test_a_server_answers_as_the_engine_does(
             health = ServerClient(remote.generator, root=folder / "runs").health()
             break
         except StageError:
+            assert process.poll() is None, (folder / "log.txt").read_text()
             assert time.monotonic() < deadline, (folder / "log.txt").read_text()
+                folder / "log.txt"
+            ).read_text()
     assert health == {"max_length": MAX_LENGTH, "precision": "fp32"}
     check_generator(remote)
     here, there = opened(made), opened(remote)
@@ -297,3 +301,35 @@ def test_a_server_answers_as_the_engine_does(
     there.update_weights(model(3), model(3).state_dict)
     here.update_weights(model(3), model(3).state_dict)
     assert sample(there) == sample(here)
+
+
+def test_a_killed_server_takes_its_engine_along(
+    server: tuple[Path, str, subprocess.Popen[bytes]],
+) -> None:
+    _, _, process = server
+    engine = descendants(process.pid)
+    assert engine
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 120
+    while any(map(is_alive, engine)):
+        assert time.monotonic() < deadline, f"still there: {engine}"
+        time.sleep(0.5)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below one, all generations."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, check=True).stdout
+    parents = {int(row.split()[0]): int(row.split()[1]) for row in listed.splitlines()}
+    found = [pid]
+    for parent in found:
+        found += [child for child, above in parents.items() if above == parent]
+    return found[1:]

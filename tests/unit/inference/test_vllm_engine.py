@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fake_vllm
@@ -15,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf.config import GeneratorSettings, Precision
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.inference.vllm import Batch, publish
-from rlhf.inference.vllm_engine import Engine, sampling_parameters, shared_engine
+from rlhf.inference.vllm_engine import Engine, guard, sampling_parameters, shared_engine
 
 BATCH = Batch([[5, 6]], seeds=[7], temperature=0.7, max_new_tokens=3, eos_id=1, pad_id=0)
 
@@ -127,6 +129,16 @@ def test_an_engine_ends_with_its_last_user(monkeypatch: pytest.MonkeyPatch, tmp_
     del two
     gc.collect()
     assert calls == ["shutdown"]
+
+
+def test_an_engine_does_not_outlive_its_process() -> None:
+    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    guarding = guard([process.pid for process in processes])
+    time.sleep(0.2)
+    assert [process.poll() for process in processes] == [None, None]
+    # What the kernel does when this process ends.
+    guarding.communicate(timeout=60)
+    assert [process.wait(timeout=60) for process in processes] == [-9, -9]
 
 
 def test_a_missing_or_broken_vllm_is_one_clear_message(
