@@ -292,8 +292,6 @@ def test_a_server_answers_as_the_engine_does(
         except StageError:
             assert process.poll() is None, (folder / "log.txt").read_text()
             assert time.monotonic() < deadline, (folder / "log.txt").read_text()
-                folder / "log.txt"
-            ).read_text()
     assert health == {"max_length": MAX_LENGTH, "precision": "fp32"}
     check_generator(remote)
     here, there = opened(made), opened(remote)
