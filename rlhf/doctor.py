@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.compose import conf_dir
-from rlhf.config import Config
+from rlhf.config import Config, LauncherKind
+from rlhf.errors import LauncherError
+from rlhf.launch.operator import open_launcher
 from rlhf.provenance import cpu_model, versions
 
 REQUIRED = ("torch", "transformers", "trl", "accelerate", "peft", "pyarrow", "hydra-core")
@@ -38,10 +40,26 @@ def examine(config: Config, console: Console) -> int:
         free = shutil.disk_usage(_existing(Path(path))).free / 2**30
         advice = f"free some space or move {key}" if free < LOW_DISK_GIB else ""
         table.add_row(key, f"{path}: {free:.1f} GiB free", advice)
+    answer, advice = _launcher(config)
+    healthy = healthy and not advice
+    table.add_row("launcher", f"{config.launcher.kind.name}: {answer}", advice)
     table.add_row("settings", str(conf_dir()), "" if conf_dir().is_dir() else "reinstall rlhf")
     console.print(table)
-    console.print("all needed parts are there" if healthy else "install what is missing")
+    console.print(
+        "all needed parts are there" if healthy else "something is missing: see what to do"
+    )
     return 0 if healthy and conf_dir().is_dir() else 2
+
+
+def _launcher(config: Config) -> tuple[str, str]:
+    """Return what the scheduler of `rlhf launch` answers, and what to do when it does not."""
+    if config.launcher.kind is LauncherKind.local:
+        return "this machine", ""
+    try:
+        alive = [job for job in open_launcher(config).poll().values() if job.is_alive]
+    except LauncherError as error:
+        return "[red]no answer[/]", str(error)
+    return f"answers, {len(alive)} jobs of this run", ""
 
 
 def _accelerator() -> str:
