@@ -274,11 +274,14 @@ class NodeDir:
         Every process of the node comes here and may add files of its own.
         """
         target = self.checkpoints / f"step-{step:08d}"
-        ready, filled = f"folder of checkpoint {step}", f"files of checkpoint {step}"
+        moments = ("folder", "files", "end")
+        ready, filled, kept = (f"{moment} of checkpoint {step}" for moment in moments)
         if not self.processes.is_main:
             self.processes.wait(ready)
             yield temporary_folder(target)
             self.processes.wait(filled)
+            # Whoever stops after this step must not be the first to end: srun ends the others then.
+            self.processes.wait(kept)
             return
         with atomic_folder(target) as folder:
             self.processes.wait(ready)
@@ -301,6 +304,7 @@ class NodeDir:
             write_json(folder / COMPLETE, marker)
         for old in sorted(self.checkpoints.glob("step-*"))[: -self._keep]:
             shutil.rmtree(old)
+        self.processes.wait(kept)
 
     def last_checkpoint(self) -> Saved | None:
         """Return the newest complete checkpoint, or None; incomplete folders are passed over."""
