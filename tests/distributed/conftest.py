@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("cluster", "workbench")
+pytest.register_assert_rewrite("trainings", "workbench")
 
-from cluster import STAGES, Cluster, Outcome, environment  # noqa: E402
 from tiny_run import TinyRun, shared_run  # noqa: E402
+from trainings import STAGES, Cluster, Outcome, environment  # noqa: E402
 from workbench import Workbench  # noqa: E402
 
 from rlhf.launch.local import NodeServer  # noqa: E402

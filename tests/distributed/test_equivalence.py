@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, Outcome, largest_difference, largest_metric_difference
+from trainings import Cluster, Outcome, largest_difference, largest_metric_difference
 
 from rlhf.config import Strategy
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, Outcome, largest_difference
+from trainings import Cluster, Outcome, largest_difference
 
 from rlhf.artifacts import read_json, read_jsonl
 from rlhf.config import Strategy

@@ -74,9 +74,10 @@ def test_without_the_scheduler_nothing_is_written(
 
 
 def test_a_dry_run_prints_every_job_and_writes_nothing(tmp_path: Path) -> None:
+    # 15 nodes, and two sampling jobs as one array; only the first node waits for nobody.
     done = call(tmp_path, "launch", "launcher=slurm", "dry_run=true", "rounds.sampling_jobs=2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("#SBATCH --job-name=") == 15
-    assert done.stdout.count("#SBATCH --dependency=afterok:<") == 14
+    assert done.stdout.count("#SBATCH --job-name=") == 16
+    assert done.stdout.count("#SBATCH --dependency=afterok:<") == 15
     assert done.stdout.count("#SBATCH --array=0,1") == 1
     assert list(tmp_path.iterdir()) == []

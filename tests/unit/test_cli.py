@@ -61,7 +61,7 @@ def test_positionals_and_own_keys_are_taken_off_first(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("fly", "unknown command fly: choose one of run, stage"),
+        ("fly", "unknown command fly: choose one of run, launch"),
         ("stage", "NODE is missing: write rlhf stage NODE"),
         ("run quickstart", "quickstart is not key=value"),
         ("ingest", "FILE is missing"),
