@@ -39,6 +39,9 @@ from rlhf.state import log_tail, node_state
 from rlhf.versions import current_version, list_versions, overrule, write_versions
 from rlhf.worker import process_environment
 
+SILENT_SECONDS = 120.0
+"""A running node that reports no step for longer is shown as silent: it may hang."""
+
 COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
 
 
@@ -173,7 +176,9 @@ def status(config: Config, *, verify: str) -> int:
         step = f"{state.step}/{state.total}" if state.total else ""
         spent = duration(state.seconds) if state.seconds else ""
         left = duration(state.eta) if state.eta is not None else ""
-        cells = [node.name, _coloured(state.state), step, spent, left]
+        silent = state.silent is not None and state.silent > SILENT_SECONDS
+        shown = _coloured(state.state) + (f", no step for {duration(state.silent)}" * silent)
+        cells = [node.name, shown, step, spent, left]
         table.add_row(*cells, *([operator.describe_job(job)] if jobs else []))
         failure = operator.failure_of(folder / node.name, job)
         is_over = state.state in ("stopped", "waiting") and not (job and job.is_alive)

@@ -34,7 +34,10 @@ LOG = "log.txt"
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """`state` is done, running, stopped (started, then ended early) or waiting."""
+    """`state` is done, running, stopped (started, then ended early) or waiting.
+
+    `silent` is how long a running node has not reported a step, in seconds.
+    """
 
     name: str
     state: str
@@ -42,6 +45,7 @@ class NodeState:
     total: int
     seconds: float
     eta: float | None
+    silent: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as a JSON row."""
@@ -65,10 +69,17 @@ def node_state(run_dir: Path, node: Node) -> NodeState:
     holder = Lease(folder).read() if folder.exists() else None
     running = holder is not None and not is_gone(holder, now=time.time())
     state = "running" if running else "stopped" if is_started(folder) else "waiting"
-    eta = progress["eta"] if running else None
+    eta, silent = (progress["eta"], _silence(folder)) if running else (None, None)
     return NodeState(
-        node.name, state, progress["step"], progress["total"], progress["seconds"], eta
+        node.name, state, progress["step"], progress["total"], progress["seconds"], eta, silent
     )
+
+
+def _silence(folder: Path) -> float:
+    """Return the seconds since a node's last step, or since its start where it has taken none."""
+    reports = [folder / name for name in (PROGRESS, PROVENANCE)]
+    times = [path.stat().st_mtime for path in reports if path.exists()]
+    return max(0.0, time.time() - max(times)) if times else 0.0
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
