@@ -21,8 +21,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CPUS = 4
 """Cores of a virtual node; more than the machine has, because jobs of the tests mostly wait."""
 
-PATIENCE = 10.0
-"""Seconds between two requests to let a job start."""
+PATIENCE = 6.0
+"""Seconds before, and between, requests to let a job start."""
 
 CONFIG = """
 ClusterName=lab
@@ -112,10 +112,10 @@ class SlurmLab:
     def run_again(self, job: str) -> None:
         """Let a requeued job start now; Slurm alone would hold it back for two minutes.
 
-        It may be held back once more when its first attempt is reported only later; asked too
-        often, the start moves on with every request and never comes.
+        Not at once: the end of its first attempt would be taken for that of the second. And not
+        often: the start moves on with every request.
         """
-        asked = 0.0
+        asked = time.monotonic()
 
         def is_running() -> bool:
             nonlocal asked
