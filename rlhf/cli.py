@@ -25,6 +25,7 @@ from rlhf.errors import (
     UserError,
     is_disk_full,
 )
+from rlhf.processes import STOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    signal.signal(signal.SIGTERM, _interrupt)
+    if arguments[0] == "stage":
+        # A scheduler may warn a job in its first second.
+        STOP.listen()
+    else:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         return execute(parse(arguments))
     except UserError as error:

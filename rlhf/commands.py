@@ -81,8 +81,8 @@ def stage(config: Config, node: str) -> int:
     environment = process_environment(config)
     if any(os.environ.get(name) != value for name, value in environment.items()):
         arguments = [sys.executable, "-m", "rlhf.cli", *_stage_arguments(config, node)]
+        STOP.pause()
         os.execve(sys.executable, arguments, {**os.environ, **environment})
-    STOP.listen()
     out = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
     resources = config.resources.of(plan.node(node).stage)
     if needs_srun(resources, os.environ):

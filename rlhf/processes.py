@@ -50,6 +50,11 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
+    def pause(self) -> None:
+        """Ignore the signals: what replaces this process by exec would be ended by them."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.note(number)
 
