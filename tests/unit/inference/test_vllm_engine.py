@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_vllm
 import micro_models as micro
@@ -17,7 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf.config import GeneratorSettings, Precision
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.inference.vllm import Batch, publish
-from rlhf.inference.vllm_engine import Engine, guard, sampling_parameters, shared_engine
+from rlhf.inference.vllm_engine import (
+    Engine,
+    _stop,
+    guard,
+    sampling_parameters,
+    shared_engine,
+)
 
 BATCH = Batch([[5, 6]], seeds=[7], temperature=0.7, max_new_tokens=3, eos_id=1, pad_id=0)
 
@@ -139,6 +146,22 @@ def test_an_engine_does_not_outlive_its_process() -> None:
     # What the kernel does when this process ends.
     guarding.communicate(timeout=60)
     assert [process.wait(timeout=60) for process in processes] == [-9, -9]
+
+
+def test_an_engine_that_is_stopped_ends_by_itself() -> None:
+    stopped = []
+    with subprocess.Popen(["sleep", "60"]) as process:
+
+        def shutdown() -> None:
+            # Long enough for a signal that was sent to arrive.
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=2)
+            stopped.append(process.pid)
+
+        core = SimpleNamespace(shutdown=shutdown)
+        _stop(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)), guard([process.pid]))
+        process.kill()
+    assert stopped
 
 
 def test_a_missing_or_broken_vllm_is_one_clear_message(
