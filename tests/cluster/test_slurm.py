@@ -63,7 +63,14 @@ def test_preemption_saves_requeues_and_ends_with_the_same_weights(
 ) -> None:
     lab, job = launched.lab, launched.job("sft")
     intruder = lab.call(
-        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap=sleep 2"
+        "sbatch",
+        "--parsable",
+        "-p",
+        "urgent",
+        "-N2",
+        "--exclusive",
+        "-o/dev/null",
+        "--wrap=sleep 2",
     ).strip()
     lab.wait(lambda: lab.state(intruder) == "COMPLETED", "the urgent job", seconds=90)
     lab.wait(lambda: lab.state(job) == "PENDING", "the requeued job")
