@@ -25,9 +25,11 @@ from cronsim import CronSim
 from rlhf.cli import COMMANDS, parse
 from rlhf.compose import load
 from rlhf.config import Config
+from rlhf.inference.vllm_server import parse as parse_server
 
 JOBS = Path(__file__).parents[2] / "jobs"
 WEEKLY = JOBS / "weekly.sh"
+VLLM_SERVER = JOBS / "vllm-server.sbatch"
 SHELL = sorted(path for path in JOBS.iterdir() if path.suffix in (".sh", ".sbatch"))
 UNITS = sorted(path for path in JOBS.iterdir() if path.suffix in (".service", ".timer"))
 CRONTABS = sorted(JOBS.glob("*.cron"))
@@ -272,9 +274,30 @@ def test_quickstart_composes(site: Site) -> None:
 def test_plain_rlhf_lines_compose(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines without shell variables are read as they stand; the others were run above."""
     lines = re.findall(r"^(?:exec )?rlhf (.*)$", filled(path), flags=re.MULTILINE)
-    assert lines or path == WEEKLY
+    assert lines or path in (WEEKLY, VLLM_SERVER)
     for words in (shlex.split(line) for line in lines if '"$' not in line):
         assert parse(words).name in COMMANDS
+
+
+def test_the_vllm_server_gets_options_that_it_knows(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > recorded\n')
+    stub.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(VLLM_SERVER), "the model", "runs", "--max-length", "512"]
+    refused = subprocess.run(command, env=path, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "set a secret" in refused.stderr
+    assert not (tmp_path / "recorded").exists()
+
+    secret = {**path, "RLHF_GENERATOR_TOKEN": "secret"}
+    done = subprocess.run(command, env=secret, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "generator.url=http://" in done.stdout
+    words = (tmp_path / "recorded").read_text().splitlines()
+    assert words[:2] == ["-m", "rlhf.inference.vllm_server"]
+    options = parse_server(words[2:])
+    assert (options.model, options.folder, options.max_length) == ("the model", "runs", 512)
 
 
 def test_weekly_job_ingests_in_name_order_then_launches(site: Site) -> None:
