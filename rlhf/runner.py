@@ -97,6 +97,7 @@ def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES)
 
     A failure stops what depends on it and nothing else.
     """
+    _refuse_machines(config)
     prepared = prepare(config, console, stages=stages)
     plan, folder, todo = prepared.plan, prepared.folder, prepared.todo
     write_versions(config, plan, folder)
@@ -121,6 +122,19 @@ def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES)
     if failed:
         raise StageError("\n".join(failure(config, node, folder, code) for node, code in failed))
     return prepared
+
+
+def _refuse_machines(config: Config) -> None:
+    """Refuse a node that is to run on several machines: here is one."""
+    plan, _ = draft(config)
+    left = [node for node in within_limit(config, plan) if not _is_done(run_dir(config), node)]
+    for node in left:
+        number = config.resources.of(node.stage).nodes
+        if number > 1:
+            raise ConfigError(
+                f"resources.{node.stage}.nodes={number} cannot work with rlhf run, which has this "
+                f"machine only: use rlhf launch launcher=slurm, or resources.{node.stage}.nodes=1"
+            )
 
 
 def within_limit(config: Config, plan: Plan) -> list[Node]:

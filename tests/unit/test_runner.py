@@ -552,3 +552,12 @@ def test_verify_finds_a_changed_file(whole: dict[str, Any], tmp_path: Path) -> N
         folder / "sft/manifest.json", {"files": {"model/weights.json": {"sha256": "0", "size": 4}}}
     )
     assert changed_files(plan, folder) == (1, [str(folder / "sft/model/weights.json")])
+
+
+def test_a_node_for_several_machines_is_refused_before_anything_is_written(
+    small_run: Overrides,
+) -> None:
+    overrides = small_run("resources.ppo.nodes=2", *ONE_ROUND)
+    with pytest.raises(ConfigError, match=r"resources\.ppo\.nodes=2 cannot work with rlhf run"):
+        go(overrides)
+    assert not folder_of(overrides).exists()
