@@ -191,7 +191,8 @@ class Processes:
             "beat": time.time(),
         }
         temporary = self._folder / f".{self.rank}.{threading.get_ident()}.tmp"
-        with suppress(FileNotFoundError):
+        # A full disk must not end the thread that tells where this process stands.
+        with suppress(OSError):
             temporary.write_text(json.dumps(row), encoding="utf-8")
             temporary.replace(self._folder / f"{self.rank}.json")
 
