@@ -1,4 +1,4 @@
-"""Rows of a file as JSON objects: JSON lines, plain or gzipped, and Parquet."""
+"""Rows of a file in blocks: JSON lines, plain or gzipped, and Parquet, in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rlhf.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PARQUET_MAGIC = b"PAR1"
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_VALUE_CHARS = 80
 """Length of a value that is quoted in a message."""
+
+BLOCK_BYTES = 8 << 20
+"""Part of a text file that is held at a time; lines are never cut."""
+BLOCK_ROWS = 8_192
+"""The same for the rows of a Parquet file."""
+MAX_LINE_BYTES = 64 << 20
+"""A longer line is no row, so that no file is read as a whole: it is refused by its beginning."""
+PARQUET_BUFFER = 1 << 20
+"""Bytes of a Parquet column that are read at a time, however large its row groups are."""
 
 
 class RowError(DataError):
@@ -25,6 +38,38 @@ class RowError(DataError):
         super().__init__(reason)
         self.reason = reason
         self.value = value
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Whole lines of a text file; `first` is the first line's number, `done` the bytes so far.
+
+    `is_cut` marks the beginning of one line of more than MAX_LINE_BYTES.
+    """
+
+    first: int
+    data: bytes
+    done: int
+    is_cut: bool = False
+
+    def texts(self) -> list[bytes]:
+        """Return the lines; several carriage returns at an end may be left."""
+        lines = self.data.replace(b"\r\n", b"\n").split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a Parquet file; `first` is the first row's number, `done` the bytes so far."""
+
+    first: int
+    batch: pa.RecordBatch
+    done: int
+
+
+Block = Lines | Rows
 
 
 def quote(value: object) -> str:
@@ -47,26 +92,40 @@ def file_format(path: Path) -> str:
     return "jsonl.gz" if magic.startswith(GZIP_MAGIC) else "jsonl"
 
 
+def read_blocks(path: Path) -> Iterator[Block]:
+    """Yield the file in blocks, in order. Raises DataError when it is damaged as a whole."""
+    found = file_format(path)
+    try:
+        if found == "parquet":
+            yield from _read_parquet(path)
+            return
+        with path.open("rb") as raw:
+            file = raw if found == "jsonl" else gzip.GzipFile(fileobj=raw)
+            yield from _read_lines(file, raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({_one_line(error)}); fetch it again") from error
+
+
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Yield line number (from 1) and object of every row, or why the line is none.
 
     Blank lines are passed over. Raises DataError when the file as a whole is damaged.
     """
-    found = file_format(path)
-    try:
-        if found == "parquet":
-            yield from _read_parquet(path)
+    for block in read_blocks(path):
+        if isinstance(block, Rows):
+            for index in range(block.batch.num_rows):
+                yield block.first + index, plain_row(block.batch, index)
+        elif block.is_cut:
+            yield block.first, cut_line(block)
         else:
-            with path.open("rb") if found == "jsonl" else gzip.open(path) as file:
-                for number, line in enumerate(file, start=1):
-                    text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-                    if text.strip():
-                        yield number, _read_object(text.rstrip(b"\r\n"))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({_one_line(error)}); fetch it again") from error
+            for number, line in enumerate(block.texts(), start=block.first):
+                if line.strip():
+                    yield number, read_object(line)
 
 
-def _read_object(line: bytes) -> dict[str, Any] | RowError:
+def read_object(line: bytes) -> dict[str, Any] | RowError:
+    """Return the JSON object of a line, or why it is none."""
+    line = line.rstrip(b"\r\n")
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -83,17 +142,58 @@ def _read_object(line: bytes) -> dict[str, Any] | RowError:
     return value
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def cut_line(block: Lines) -> RowError:
+    """Return why a line of more than MAX_LINE_BYTES is no row."""
+    reason = f"a line of more than {MAX_LINE_BYTES >> 20} MiB, which is no row"
+    return RowError(reason, block.data[:200].decode(errors="replace"))
+
+
+def plain_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | RowError:
+    """Return a row of a Parquet file as the JSON object that it stands for."""
+    try:
+        (row,) = batch.slice(index, 1).to_pylist()
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 ({error.reason} at byte {error.start})", quote(error.object))
+    found: dict[str, Any] = json.loads(json.dumps(row, default=str))
+    return found
+
+
+def _read_lines(file: IO[bytes], raw: IO[bytes]) -> Iterator[Lines]:
+    number, rest, is_first = 1, b"", True
+    while chunk := file.read(BLOCK_BYTES):
+        if is_first:
+            chunk, is_first = chunk.removeprefix(BYTE_ORDER_MARK), False
+        data = rest + chunk
+        end = data.rfind(b"\n") + 1
+        if end == 0 and len(data) > MAX_LINE_BYTES:
+            yield Lines(number, data[:200], raw.tell(), is_cut=True)
+            # The rest of that line is read and dropped.
+            while chunk and b"\n" not in chunk:
+                chunk = file.read(BLOCK_BYTES)
+            rest = chunk[chunk.find(b"\n") + 1 :]
+            number += 1
+            continue
+        if end:
+            yield Lines(number, data[:end], raw.tell())
+            number += data.count(b"\n", 0, end)
+        rest = data[end:]
+    if rest:
+        yield Lines(number, rest, raw.tell())
+
+
+def _read_parquet(path: Path) -> Iterator[Rows]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    size = path.stat().st_size
+    first = 1
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, json.loads(json.dumps(row, default=str))
+        with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
+            total = file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=BLOCK_ROWS, use_threads=False):
+                done = size * (first - 1 + batch.num_rows) // max(total, 1)
+                yield Rows(first, batch, done)
+                first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a complete Parquet file ({_one_line(error)}); fetch it again"

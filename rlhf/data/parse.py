@@ -238,7 +238,14 @@ def _axis(row: Mapping[str, Any], default: str | None) -> str:
 
 def _meta(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """Return `meta` with the fields that have no meaning of their own; nothing is lost."""
-    meta = row.get("meta")
+    return {
+        **parse_meta(row.get("meta")),
+        **{name: row[name] for name in unknown_fields(kind, row)},
+    }
+
+
+def parse_meta(meta: Any) -> dict[str, Any]:
+    """Return `meta` as an object: null is an empty one, a text is read as JSON."""
     if isinstance(meta, str):
         try:
             meta = json.loads(meta)
@@ -248,4 +255,4 @@ def _meta(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
         meta = {}
     if not isinstance(meta, dict):
         raise RowError(f"meta={quote(meta)} is not a JSON object", meta)
-    return {**meta, **{name: row[name] for name in unknown_fields(kind, row)}}
+    return meta

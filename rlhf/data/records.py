@@ -91,3 +91,12 @@ class Conversation:
     def to_json(self) -> dict[str, Any]:
         """Return the row as it is written to JSONL; nested values are shared, not copied."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+RECORDS: dict[Kind, type[Comparison] | type[Prompt] | type[Conversation]] = {
+    Kind.batch: Comparison,
+    Kind.open: Comparison,
+    Kind.sft: Conversation,
+    Kind.prompts: Prompt,
+}
+"""The record that a row of each kind becomes."""
