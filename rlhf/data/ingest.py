@@ -1,23 +1,33 @@
-"""A file to an immutable batch or set of the store, or one message that says why not."""
+"""A file to an immutable batch or set of the store, or one message that says why not.
+
+A file goes through in blocks, in bounded memory: parsed and hashed (tabulate, columns), staged on
+disk (staging), compared with itself and with what came before (repeats), and written (ledger).
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.artifacts import sha256_file
 from rlhf.config import OnBadRow
-from rlhf.data.files import RowError, file_format, read_objects
-from rlhf.data.keys import Record
-from rlhf.data.ledger import Entry, Store, rows_digest
-from rlhf.data.parse import Defaults, infer_kind, parse_row, unknown_fields
+from rlhf.data.accept import Judged, staged_block
+from rlhf.data.files import RowError, file_format, read_blocks, read_objects
+from rlhf.data.ledger import Entry, Store
+from rlhf.data.parse import Defaults, infer_kind
 from rlhf.data.records import AXES, Kind
-from rlhf.data.sift import POLICIES, Sifted, count_rows, count_values, refused_row, sift
+from rlhf.data.repeats import find_verdicts
+from rlhf.data.sift import POLICIES
+from rlhf.data.staging import Staging
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -28,8 +38,17 @@ SUFFIXES = re.compile(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$")
 
 MAX_LISTED = 20
 """Bad rows that a message lists; refused.jsonl holds them all."""
+MAX_REPORTED = 1_000
+"""Refused and excluded rows that a report holds; the store's files hold them all."""
+MAX_THREADS = 4
+"""Blocks that are worked on at once: hashing holds Python's lock, more would only take memory."""
 QUARANTINE = "ingest.on_bad_row=quarantine"
-COMPARISONS = (Kind.batch, Kind.open)
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and the total: bytes when reading, rows when writing."""
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +56,7 @@ class IngestReport:
     """What became of a file: `added` is False when its rows were in the stream already.
 
     `counts` has read = accepted + refused + excluded; `refused` has line, reason and value,
-    `excluded` line, id, policy and reason.
+    `excluded` line, id, policy and reason, of the first MAX_REPORTED rows.
     """
 
     added: bool
@@ -54,13 +73,8 @@ class IngestReport:
 @dataclass(slots=True)
 class _Parsed:
     kind: Kind
-    rows: list[tuple[int, Record]] = field(default_factory=list)
-    refused: list[dict[str, Any]] = field(default_factory=list)
+    file: dict[str, str]
     extra_fields: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def num_read(self) -> int:
-        return len(self.rows) + len(self.refused)
 
 
 def ingest_file(
@@ -75,6 +89,7 @@ def ingest_file(
     heldout_salt: str,
     max_chars: int = 40_000,
     is_safety_default: bool = False,
+    progress: Progress = lambda what, done, total: None,
 ) -> IngestReport:
     """Validate a file and add it to the store as one immutable batch or set.
 
@@ -86,35 +101,37 @@ def ingest_file(
     id = SUFFIXES.sub("", path.name) if id is None else id
     _check_names(path, id=id, stream=store.stream, axis=axis)
     store.check_split(share=heldout_share, salt=heldout_salt)
-    parsed = _parse(path, kind, Defaults(source=id, axis=axis, is_safety=is_safety_default))
+    defaults = Defaults(source=id, axis=axis, is_safety=is_safety_default)
+    split = {"share": heldout_share, "salt": heldout_salt}
     settings = {
         "on_bad_row": on_bad_row.name,
         "axis": axis,
         "max_chars": max_chars,
         "is_safety_default": is_safety_default,
     }
-    while True:
-        history = store.history(parsed.kind, before=id)
-        sifted = sift(
-            parsed.rows,
-            batch=id,
-            history=history,
-            share=heldout_share,
-            salt=heldout_salt,
-            max_chars=max_chars,
-        )
-        sifted.refused = sorted(parsed.refused + sifted.refused, key=lambda row: row["line"])
-        if sifted.refused and on_bad_row is OnBadRow.refuse:
-            raise DataError(_refusal(path, sifted.refused, num_read=parsed.num_read))
-        manifest = _manifest(path, id, store, parsed, sifted, settings)
-        if _is_known(path, id, store, parsed.kind, sifted, manifest):
-            return _report(store, parsed.kind, id, manifest, sifted, added=False)
-        entry = Entry(parsed.kind, id, sifted.accepted, sifted.refused, sifted.excluded, manifest)
-        position = history.position
-        if store.add(entry, share=heldout_share, salt=heldout_salt, position=position):
-            report = _report(store, parsed.kind, id, manifest, sifted, added=True)
-            log.info("%s", report.message)
-            return report
+    with Staging(store.folder) as staging:
+        kind = kind or _kind_of(path)
+        parsed = _parse(path, staging, kind, defaults, split, max_chars, progress)
+        while True:
+            history = store.history(parsed.kind, before=id)
+            judged = Judged(staging, kind, find_verdicts(staging, history, batch=id))
+            if judged.num_refused and on_bad_row is OnBadRow.refuse:
+                raise DataError(_refusal(path, judged))
+            manifest = _manifest(id, store, parsed, judged, settings)
+            if _is_known(path, id, store, parsed.kind, judged, manifest):
+                return _report(store, parsed.kind, id, manifest, judged, added=False)
+            entry = Entry(
+                kind=parsed.kind,
+                id=id,
+                rows=judged.accepted(progress),
+                refused=judged.refused(),
+                excluded=judged.excluded(),
+                manifest=manifest,
+            )
+            if store.add(entry, **split, position=history.position):
+                report = _report(store, parsed.kind, id, manifest, judged, added=True)
+                log.info("%s", report.message)
+                return report
 
 
 def _check_names(path: Path, *, id: str, stream: str, axis: str | None) -> None:
@@ -127,64 +144,96 @@ def _check_names(path: Path, *, id: str, stream: str, axis: str | None) -> None:
         raise DataError(f"ingest.axis={axis} is not one of {', '.join(AXES)}; give one of them")
 
 
-def _parse(path: Path, kind: Kind | None, defaults: Defaults) -> _Parsed:
-    """Read every row of the file; the first object decides the kind when it is not given."""
-    parsed = _Parsed(kind or Kind.batch)
+def _kind_of(path: Path) -> Kind:
+    """Infer the kind from the first object of the file."""
     for line, row in read_objects(path):
-        if isinstance(row, RowError):
-            parsed.refused.append(refused_row(line, row.reason, row.value))
-            continue
-        if kind is None:
-            kind = parsed.kind = infer_kind(row, f"{path} line {line}")
-        try:
-            parsed.rows.append((line, parse_row(kind, row, line=line, defaults=defaults)))
-        except RowError as error:
-            parsed.refused.append(refused_row(line, error.reason, error.value))
-        parsed.extra_fields.update(unknown_fields(kind, row))
-    if parsed.num_read == 0:
+        if not isinstance(row, RowError):
+            return infer_kind(row, f"{path} line {line}")
+    return Kind.batch
+
+
+def _parse(
+    path: Path,
+    staging: Staging,
+    kind: Kind,
+    defaults: Defaults,
+    split: dict[str, Any],
+    max_chars: int,
+    progress: Progress,
+) -> _Parsed:
+    """Read the file into the staging, several blocks at a time."""
+    found = file_format(path)
+    size = path.stat().st_size
+    num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(num_threads + 1) as pool:
+        sha256 = pool.submit(sha256_file, path)
+        parsed = _Parsed(kind, {"name": path.name, "format": found})
+        blocks = in_order(
+            pool,
+            lambda block: (block.done, staged_block(block, kind, defaults, split, max_chars)),
+            read_blocks(path),
+            ahead=num_threads,
+        )
+        for done, (table, refused, extra_fields) in blocks:
+            staging.add(table, refused)
+            parsed.extra_fields.update(extra_fields)
+            progress(f"read {path.name}", done, size)
+        parsed.file["sha256"] = sha256.result()
+    staging.finish()
+    if staging.num_rows + staging.num_refused == 0:
         raise DataError(f"{path} has no rows; give a file with at least one")
     return parsed
 
 
-def _refusal(path: Path, refused: list[dict[str, Any]], *, num_read: int) -> str:
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], *, ahead: int
+) -> Iterator[Out]:
+    """Yield the results of work in the order of the items, with up to `ahead` items under way."""
+    waiting: deque[Future[Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _refusal(path: Path, judged: Judged) -> str:
     """Return the message that lists the bad rows."""
-    if len(refused) == 1:
+    refused = list(islice(judged.refused(), MAX_LISTED))
+    if judged.num_refused == 1:
         row = refused[0]
         return f"{path} line {row['line']}: {row['reason']}; fix it or use {QUARANTINE}"
-    lines = [f"  line {row['line']}: {row['reason']}" for row in refused[:MAX_LISTED]]
-    if len(refused) > MAX_LISTED:
-        lines.append(f"  and {len(refused) - MAX_LISTED} more")
-    head = f"{path}: {len(refused)} of {num_read} rows are bad, so nothing was added; "
-    return "\n".join([f"{head}fix them or use {QUARANTINE}", *lines])
+    lines = [f"  line {row['line']}: {row['reason']}" for row in refused]
+    if judged.num_refused > MAX_LISTED:
+        lines.append(f"  and {judged.num_refused - MAX_LISTED} more")
+    bad = f"{judged.num_refused} of {judged.counts['read']} rows are bad"
+    head = f"{path}: {bad}, so nothing was added; fix them or use {QUARANTINE}"
+    return "\n".join([head, *lines])
 
 
 def _manifest(
-    path: Path, id: str, store: Store, parsed: _Parsed, sifted: Sifted, settings: dict[str, Any]
+    id: str, store: Store, parsed: _Parsed, judged: Judged, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    comparisons = parsed.kind in COMPARISONS
-    counts = count_rows(sifted, num_read=parsed.num_read, comparisons=comparisons)
+    counts = judged.counts
     return {
         "kind": parsed.kind.name,
         "id": id,
         "stream": store.stream,
         "rows": counts["accepted"],
-        "digest": rows_digest(sifted.accepted),
+        "digest": judged.digest,
         "counts": counts,
-        "accepted_by": count_values(sifted),
+        "accepted_by": judged.accepted_by,
         "extra_fields": dict(sorted(parsed.extra_fields.items())),
         "policy": {name: POLICIES[name] for name in POLICIES if name in counts},
         "settings": settings,
-        "file": {
-            "name": path.name,
-            "format": file_format(path),
-            "sha256": sha256_file(path),
-        },
+        "file": parsed.file,
         "ingested": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def _is_known(
-    path: Path, id: str, store: Store, kind: Kind, sifted: Sifted, manifest: dict[str, Any]
+    path: Path, id: str, store: Store, kind: Kind, judged: Judged, manifest: dict[str, Any]
 ) -> bool:
     """Tell whether the stream holds these rows; DataError for other rows, or none, under the id."""
     if id in store.ids(kind):
@@ -194,20 +243,20 @@ def _is_known(
             f"{path} differs from {kind.name} {id!r}, which is in stream {store.stream!r} and "
             "never changes; give the new rows new ids and a new name (ingest.id=...)"
         )
-    if sifted.accepted:
+    counts = judged.counts
+    if counts["accepted"]:
         return False
-    fates = Counter(row["policy"] for row in sifted.excluded)
-    if fates["duplicate_of_earlier"] == manifest["counts"]["read"]:
+    if counts["duplicate_of_earlier"] == counts["read"]:
         return True
-    fates.update({"refused": len(sifted.refused)})
+    fates = Counter({name: counts[name] for name in (*judged.met, "refused")})
     listed = ", ".join(f"{name} {number}" for name, number in fates.most_common() if number)
     raise DataError(f"{path} has no usable row ({listed}); nothing was added, check the file")
 
 
 def _report(
-    store: Store, kind: Kind, id: str, manifest: dict[str, Any], sifted: Sifted, *, added: bool
+    store: Store, kind: Kind, id: str, manifest: dict[str, Any], judged: Judged, *, added: bool
 ) -> IngestReport:
-    counts: dict[str, int] = manifest["counts"]
+    counts = judged.counts
     if added:
         fates = [f"{name} {counts[name]}" for name in (*POLICIES, "refused") if counts.get(name)]
         left_out = f" (left out: {', '.join(fates)})" if fates else ""
@@ -227,7 +276,7 @@ def _report(
         stream=store.stream,
         digest=manifest["digest"],
         counts=counts,
-        refused=sifted.refused,
-        excluded=sifted.excluded,
+        refused=list(islice(judged.refused(), MAX_REPORTED)),
+        excluded=list(islice(judged.excluded(), MAX_REPORTED)),
         message=message,
     )

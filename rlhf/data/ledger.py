@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from rlhf.artifacts import (
     write_json,
     write_jsonl,
 )
-from rlhf.data.keys import Keys, Record
 from rlhf.data.records import Comparison, Conversation, Kind, Prompt
 from rlhf.errors import ArtifactError, DataError
 
@@ -36,39 +34,46 @@ FOLDERS = {Kind.batch: "batches", Kind.open: "open", Kind.sft: "sft", Kind.promp
 ROWS = "rows.parquet"
 KEY_COLUMNS = ("key_content", "key_exact", "key_near", "key_swapped", "key_prompt")
 CHUNK_ROWS = 10_000
-"""Rows written to Parquet at a time, which bounds the memory of writing."""
+"""Rows of a Parquet row group, which bounds the memory of writing and of reading."""
+SCAN_ROWS = 100_000
+"""Rows whose keys are read at a time."""
+
+REPEATING = ("strength", "axis", "source", "annotator", "model_chosen", "model_rejected", "meta")
+REPEATING += ("prompt.list.element.role", "messages.list.element.role")
+"""Columns with few distinct values, which Parquet writes once each."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """Where a comparison, prompt or conversation was met first."""
-
-    batch: str
-    id: str
-    swapped: bool
-
-
-@dataclass(slots=True)
 class History:
     """What earlier batches of a stream and kind hold; `position` is the stream's newest number."""
 
     position: int
-    exact: dict[str, Seen] = field(default_factory=dict)
-    near: dict[str, Seen] = field(default_factory=dict)
-    contents: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Row id to batch and content digest."""
-    prompts: set[str] = field(default_factory=set)
+    batches: tuple[tuple[str, Path], ...]
+    """Name and rows of each, in ingest order."""
+
+    def scan(self, names: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield columns of `id` and KEY_COLUMNS in pieces, each with the name of its batch.
+
+        The place to leave out rows that no longer count.
+        """
+        import pyarrow.parquet as pq
+
+        for id, path in self.batches:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(SCAN_ROWS, columns=list(names), use_threads=False):
+                    yield id, batch.select(list(names))
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Everything that is written for one batch or set."""
+    """Everything that is written for one batch or set, as it comes."""
 
     kind: Kind
     id: str
-    rows: Sequence[tuple[Record, Keys]]
-    refused: list[dict[str, Any]]
-    excluded: list[dict[str, Any]]
+    rows: Iterable[pa.Table]
+    """Accepted rows with all columns of `row_schema`."""
+    refused: Iterable[dict[str, Any]]
+    excluded: Iterable[dict[str, Any]]
     manifest: Mapping[str, Any]
 
 
@@ -140,22 +145,11 @@ class Store:
         return max(numbers, default=0)
 
     def history(self, kind: Kind, *, before: str) -> History:
-        """Read what came before batch `before`, or all there is when it is new."""
-        import pyarrow.parquet as pq
-
-        history = History(position=self.position())
+        """Return what came before batch `before`, or all there is when it is new."""
+        position = self.position()
         ids = self.ids(kind)
-        for id in ids[: ids.index(before)] if before in ids else ids:
-            table = pq.read_table(self._path(kind, id) / ROWS, columns=["id", *KEY_COLUMNS])
-            for row_id, content, exact, near, swapped, prompt in zip(
-                *(column.to_pylist() for column in table.columns), strict=True
-            ):
-                seen = Seen(id, row_id, swapped)
-                history.exact.setdefault(exact, seen)
-                history.near.setdefault(near, seen)
-                history.contents[row_id] = (id, content)
-                history.prompts.add(prompt)
-        return history
+        ids = ids[: ids.index(before)] if before in ids else ids
+        return History(position, tuple((id, self._path(kind, id) / ROWS) for id in ids))
 
     def add(self, entry: Entry, *, share: float, salt: str, position: int) -> bool:
         """Write a batch under the stream's lock; False when the stream moved on from `position`.
@@ -191,7 +185,7 @@ class Store:
         path = self._path(kind, id) / ROWS
         if self.manifest(kind, id)["files"][ROWS]["sha256"] != sha256_file(path):
             raise ArtifactError(f"{path} changed after ingest; restore it or ingest its file anew")
-        names = [name for name in _schema(kind).names if name not in KEY_COLUMNS]
+        names = [name for name in row_schema(kind).names if name not in KEY_COLUMNS]
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=names):
                 for row in batch.to_pylist():
@@ -212,15 +206,8 @@ class Store:
             yield
 
 
-def rows_digest(rows: Sequence[tuple[Record, Keys]]) -> str:
-    """Return the digest of accepted rows: their contents in order, whatever the file's format."""
-    digest = hashlib.sha256()
-    for record, keys in rows:
-        digest.update(f"{keys.content} {record.source}\n".encode())
-    return digest.hexdigest()
-
-
-def _schema(kind: Kind) -> pa.Schema:
+def row_schema(kind: Kind) -> pa.Schema:
+    """Return the columns of rows.parquet."""
     import pyarrow as pa
 
     text, flag = pa.string(), pa.bool_()
@@ -242,18 +229,11 @@ def _schema(kind: Kind) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _write_rows(path: Path, kind: Kind, rows: Sequence[tuple[Record, Keys]]) -> None:
-    import pyarrow as pa
+def _write_rows(path: Path, kind: Kind, tables: Iterable[pa.Table]) -> None:
     import pyarrow.parquet as pq
 
-    schema = _schema(kind)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = [_columns(record, keys) for record, keys in rows[start : start + CHUNK_ROWS]]
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-
-
-def _columns(record: Record, keys: Keys) -> dict[str, Any]:
-    hashes = (keys.content, keys.exact, keys.near, keys.swapped, keys.prompt)
-    row = record.to_json()
-    return {**row, "meta": json.dumps(row["meta"]), **dict(zip(KEY_COLUMNS, hashes, strict=True))}
+    schema = row_schema(kind)
+    repeating = [name for name in REPEATING if name.split(".")[0] in schema.names]
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=repeating) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=CHUNK_ROWS)

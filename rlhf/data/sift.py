@@ -6,19 +6,17 @@ the file) or excluded (a rule of ours, which is never an error).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from rlhf.data.files import quote
-from rlhf.data.keys import Keys, Record, keys_of
-from rlhf.data.ledger import History, Seen
-from rlhf.data.records import Comparison, Conversation
-from rlhf.data.split import key_is_heldout
+import numpy as np
 
-MAX_REFUSED_VALUE = 500
-"""Characters of a refused value that refused.jsonl keeps."""
+from rlhf.data.columns import Mask, is_comparison, turns_name
+from rlhf.data.records import Kind
+from rlhf.data.tabulate import VISIBLE
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 POLICIES = {
     "empty_text": "a response or a turn without text",
@@ -37,140 +35,64 @@ POLICIES = {
 COMPARISON_ONLY = ("identical_responses", "unsafe_chosen", "contradicting")
 
 
-@dataclass(slots=True)
-class Sifted:
-    """Accepted rows in file order, and what became of the others."""
-
-    accepted: list[tuple[Record, Keys]] = field(default_factory=list)
-    refused: list[dict[str, Any]] = field(default_factory=list)
-    excluded: list[dict[str, Any]] = field(default_factory=list)
-
-
-def refused_row(line: int, reason: str, value: object) -> dict[str, Any]:
-    """Return an entry of refused.jsonl; long values are shortened."""
-    text = value if isinstance(value, str) else quote(value)
-    return {"line": line, "reason": reason, "value": text[:MAX_REFUSED_VALUE]}
-
-
-def sift(
-    rows: Iterable[tuple[int, Record]],
-    *,
-    batch: str,
-    history: History,
-    share: float,
-    salt: str,
-    max_chars: int,
-) -> Sifted:
-    """Sort rows by policy, and fill in `heldout` and `repeat_prompt` of those that are accepted."""
-    sifted = Sifted()
-    lines: dict[str, tuple[int, str]] = {}
-    exact: dict[str, Seen] = {}
-    near: dict[str, Seen] = {}
-    for line, record in rows:
-        keys = keys_of(record)
-        collision = _id_collision(record, keys, lines, history)
-        if collision is not None:
-            sifted.refused.append(refused_row(line, collision, record.id))
-            continue
-        lines.setdefault(record.id, (line, keys.content))
-        found = _row_policy(record, max_chars) or _repetition(keys, exact, near, history)
-        if found is not None:
-            policy, reason = found
-            sifted.excluded.append(
-                {"line": line, "id": record.id, "policy": policy, "reason": reason}
-            )
-            continue
-        seen = Seen(batch, record.id, keys.swapped)
-        exact[keys.exact] = seen
-        near[keys.near] = seen
-        record.heldout = key_is_heldout(keys.prompt, share=share, salt=salt)
-        if isinstance(record, Comparison):
-            record.repeat_prompt = keys.prompt in history.prompts
-        sifted.accepted.append((record, keys))
-    return sifted
-
-
-def count_rows(sifted: Sifted, *, num_read: int, comparisons: bool) -> dict[str, int]:
-    """Count every fate: read = accepted + refused + excluded, and excluded by policy."""
-    records = [record for record, _ in sifted.accepted]
-    policies = Counter(row["policy"] for row in sifted.excluded)
-    counts = {
-        "read": num_read,
-        "accepted": len(records),
-        "refused": len(sifted.refused),
-        "excluded": len(sifted.excluded),
-    }
-    counts |= {
-        name: policies[name] for name in POLICIES if comparisons or name not in COMPARISON_ONLY
-    }
-    counts["heldout"] = sum(record.heldout for record in records)
-    rated = [record for record in records if isinstance(record, Comparison)]
-    if comparisons:
-        counts["repeat_prompt"] = sum(record.repeat_prompt for record in rated)
-        counts["ties"] = sum(record.tie for record in rated)
-        counts["ungraded"] = sum(record.strength is None for record in rated)
-    return counts
-
-
-def count_values(sifted: Sifted) -> dict[str, dict[str, int]]:
-    """Count the accepted rows by source and, for comparisons, by axis and strength."""
-    records = [record for record, _ in sifted.accepted]
-    rated = [record for record in records if isinstance(record, Comparison)]
-    counts = {"source": Counter(record.source for record in records)}
-    if rated:
-        counts["axis"] = Counter(record.axis for record in rated)
-        counts["strength"] = Counter(record.strength or "ungraded" for record in rated)
-    return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
-
-
-def _id_collision(
-    record: Record, keys: Keys, lines: dict[str, tuple[int, str]], history: History
-) -> str | None:
-    """Tell when an id stands for two different rows; the pool and the intervals go by ids."""
-    line, content = lines.get(record.id, (0, keys.content))
-    if content != keys.content:
-        return f"id={quote(record.id)} has other content on line {line}"
-    batch, content = history.contents.get(record.id, ("", keys.content))
-    if content != keys.content:
-        return f"id={quote(record.id)} has other content in {batch}"
-    return None
-
-
-def _row_policy(record: Record, max_chars: int) -> tuple[str, str] | None:
-    """Apply the rules that need nothing but the row."""
-    messages = record.messages if isinstance(record, Conversation) else record.prompt
-    texts = {f"turn {i + 1}": message["content"] for i, message in enumerate(messages)}
+def row_policy(row: Mapping[str, Any], kind: Kind, max_chars: int) -> tuple[str, str] | None:
+    """Apply the rules that need nothing but the row, as a dict; None when none excludes it."""
+    turns = row[turns_name(kind)]
+    texts = {f"turn {i + 1}": message["content"] for i, message in enumerate(turns)}
     num_chars = sum(map(len, texts.values()))
-    if isinstance(record, Comparison):
-        num_chars += max(len(record.chosen), len(record.rejected))
-        texts |= {"chosen": record.chosen, "rejected": record.rejected}
+    if is_comparison(kind):
+        num_chars += max(len(row["chosen"]), len(row["rejected"]))
+        texts |= {"chosen": row["chosen"], "rejected": row["rejected"]}
     empty = [name for name, text in texts.items() if not text.strip()]
     if empty:
         return "empty_text", f"{', '.join(empty)} has no text"
     if num_chars > max_chars:
         return "over_long", f"{num_chars} characters, more than max_chars={max_chars}"
-    if not isinstance(record, Comparison):
+    if not is_comparison(kind):
         return None
-    if record.chosen.strip() == record.rejected.strip():
+    if row["chosen"].strip() == row["rejected"].strip():
         return "identical_responses", "chosen equals rejected"
-    if record.axis == "safety" and record.chosen_safe is False and record.rejected_safe is True:
+    if row["axis"] == "safety" and row["chosen_safe"] is False and row["rejected_safe"] is True:
         return "unsafe_chosen", "chosen is unsafe and rejected is safe"
     return None
 
 
-def _repetition(
-    keys: Keys, exact: dict[str, Seen], near: dict[str, Seen], history: History
-) -> tuple[str, str] | None:
-    """Find the same row in this file or before it, literally or folded, or its contradiction."""
-    for name, found, earlier in (
-        ("duplicate", exact.get(keys.exact), history.exact.get(keys.exact)),
-        ("near_duplicate", near.get(keys.near), history.near.get(keys.near)),
-    ):
-        seen = found or earlier
-        if seen is None:
-            continue
-        if seen.swapped != keys.swapped:
-            return "contradicting", f"contradicts {seen.id} of {seen.batch}"
-        where = "in_file" if found is not None else "of_earlier"
-        return f"{name}_{where}", f"repeats {seen.id} of {seen.batch}"
-    return None
+def row_policies(table: pa.Table, kind: Kind, is_alike: Mask, max_chars: int) -> list[pa.Array]:
+    """Return `row_policy` of every row as two columns of texts or nulls: policy and reason.
+
+    `is_alike` marks comparisons whose folded responses are equal.
+    """
+    import pyarrow as pa
+
+    policies: list[str | None] = [None] * table.num_rows
+    reasons: list[str | None] = [None] * table.num_rows
+    suspects = np.flatnonzero(_suspects(table, kind, is_alike, max_chars))
+    for row, values in zip(suspects, table.take(pa.array(suspects)).to_pylist(), strict=True):
+        found = row_policy(values, kind, max_chars)
+        if found is not None:
+            policies[row], reasons[row] = found
+    return [pa.array(policies, pa.string()), pa.array(reasons, pa.string())]
+
+
+def _suspects(table: pa.Table, kind: Kind, is_alike: Mask, max_chars: int) -> Mask:
+    """Mark all rows that a policy could exclude, and some others."""
+    import pyarrow.compute as pc
+
+    if not table.num_rows:
+        return np.zeros(0, bool)
+    turns = table[turns_name(kind)].combine_chunks()
+    starts = turns.offsets.to_numpy().astype(np.int64)
+    starts -= starts[0]
+    contents = turns.flatten().field("content")
+    blank = ~pc.match_substring_regex(contents, VISIBLE).to_numpy(zero_copy_only=False)
+    found: Mask = np.logical_or.reduceat(blank, starts[:-1])
+    num_chars = np.add.reduceat(pc.utf8_length(contents).to_numpy(), starts[:-1])
+    if is_comparison(kind):
+        responses = [table[name] for name in ("chosen", "rejected")]
+        for texts in responses:
+            found |= ~pc.match_substring_regex(texts, VISIBLE).to_numpy()
+        num_chars = num_chars + np.maximum(*(pc.utf8_length(t).to_numpy() for t in responses))
+        unsafe = pc.and_(pc.equal(table["axis"], "safety"), pc.invert(table["chosen_safe"]))
+        unsafe = pc.and_(unsafe, table["rejected_safe"]).fill_null(False)
+        found |= unsafe.to_numpy() | is_alike
+    return found | (num_chars > max_chars)

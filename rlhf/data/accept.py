@@ -1,0 +1,231 @@
+"""Blocks on their way in, and the fates of all rows on their way out: counts, digest, columns."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf.data.columns import Mask, hex_texts, is_comparison, key_columns
+from rlhf.data.files import Block
+from rlhf.data.ledger import KEY_COLUMNS, row_schema
+from rlhf.data.parse import Defaults
+from rlhf.data.records import Kind
+from rlhf.data.repeats import REFUSED, Verdicts, id_words
+from rlhf.data.sift import COMPARISON_ONLY, POLICIES, row_policies
+from rlhf.data.staging import Staging
+from rlhf.data.tabulate import refused_row, tabulate
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def staged_block(
+    block: Block,
+    kind: Kind,
+    defaults: Defaults,
+    split: dict[str, Any],
+    max_chars: int,
+    *,
+    by_row: bool = False,
+) -> tuple[pa.Table, list[dict[str, Any]], Counter[str]]:
+    """Return a block's rows as they are staged, its refused rows and its fields without a meaning.
+
+    Columns: line, the record's, the keys as binary values, `key_id`, `heldout`, and the policy that
+    excludes the row by itself, with its reason.
+    """
+    import pyarrow as pa
+
+    found = tabulate(block, kind, defaults, by_row=by_row)
+    keys = key_columns(found.table, kind)
+    policy, reason = row_policies(found.table, kind, keys.is_alike, max_chars)
+    table = found.table.drop_columns(["meta_sorted"])
+    columns = {name: table[name] for name in table.schema.names}
+    columns |= {
+        "key_content": keys.content,
+        "key_exact": keys.exact,
+        "key_near": keys.near,
+        "key_swapped": keys.swapped,
+        "key_prompt": keys.prompt,
+        "key_id": pa.array(id_words(table["id"])),
+        "heldout": pa.array(_are_heldout(keys.prompt, **split)),
+        "policy": policy,
+        "reason": reason,
+    }
+    return pa.table(columns), found.refused, found.extra_fields
+
+
+def _are_heldout(keys: pa.Array, *, share: float, salt: str) -> Mask:
+    """Return `split.key_is_heldout` of every key."""
+    start = hashlib.blake2b(f"{salt}/".encode(), digest_size=8)
+    hashes = []
+    for key in hex_texts(keys).to_pylist():
+        hashed = start.copy()
+        hashed.update(key.encode())
+        hashes.append(hashed.digest())
+    limit = math.ceil(share * 2**64)
+    numbers = np.frombuffer(b"".join(hashes), ">u8")
+    return numbers < np.uint64(limit) if limit < 2**64 else np.ones(len(numbers), bool)
+
+
+class Judged:
+    """The staged rows with their fates; everything is read in the order of the file."""
+
+    def __init__(self, staging: Staging, kind: Kind, verdicts: Verdicts) -> None:
+        self._staging = staging
+        self._kind = kind
+        self._verdicts = verdicts.table
+        self._rows = verdicts.table["row"].to_numpy()
+        self._repeats_prompt = verdicts.repeats_prompt
+        self._collides = np.zeros(staging.num_rows, bool)
+        is_refused = np.array(verdicts.table["policy"].to_pylist(), object) == REFUSED
+        self._collides[self._rows[is_refused]] = True
+        self.num_refused = staging.num_refused + int(is_refused.sum())
+        self.met: list[str] = []
+        """Policies in the order in which rows met them first."""
+        self.accepted_by: dict[str, dict[str, int]] = {}
+        self.digest = ""
+        self.counts = self._count()
+
+    def refused(self) -> Iterator[dict[str, Any]]:
+        """Yield the entries of refused.jsonl."""
+        return heapq.merge(self._staging.refused(), self._colliding(), key=lambda row: row["line"])
+
+    def excluded(self) -> Iterator[dict[str, Any]]:
+        """Yield the entries of excluded.jsonl."""
+        names = ["line", "id", "policy", "reason"]
+        for start, batch in self._staging.scan(names):
+            rows, fates = self._fates(start, batch)
+            kept = fates.filter(~self._collides[rows]) if rows.size else fates
+            yield from kept.to_pylist()
+
+    def accepted(self, progress: Callable[[str, int, int], None]) -> Iterator[pa.Table]:
+        """Yield the accepted rows as they are stored."""
+        import pyarrow as pa
+
+        schema = row_schema(self._kind)
+        names = [name for name in schema.names if name != "repeat_prompt"]
+        for start, batch in self._staging.scan([*names, "policy"]):
+            keep = self._are_accepted(start, batch)
+            table = pa.Table.from_batches([batch]).filter(keep).combine_chunks()
+            columns = {name: table[name] for name in names}
+            for name in KEY_COLUMNS:
+                if name != "key_swapped":
+                    chunks = [hex_texts(chunk) for chunk in table[name].chunks]
+                    columns[name] = pa.chunked_array(chunks, pa.string())
+            if "repeat_prompt" in schema.names:
+                repeats = self._repeats_prompt[start : start + batch.num_rows][keep]
+                columns["repeat_prompt"] = pa.array(repeats)
+            yield pa.table(columns, schema=schema)
+            progress("write", start + batch.num_rows, self._staging.num_rows)
+
+    def _colliding(self) -> Iterator[dict[str, Any]]:
+        for start, batch in self._staging.scan(["line", "id"]):
+            first, last = np.searchsorted(self._rows, [start, start + batch.num_rows])
+            for index in range(first, last):
+                row = int(self._rows[index])
+                if self._collides[row]:
+                    line, id = (batch.column(name)[row - start].as_py() for name in ("line", "id"))
+                    yield refused_row(line, self._verdicts["reason"][index].as_py(), id)
+
+    def _are_accepted(self, start: int, batch: pa.RecordBatch) -> Mask:
+        keep: Mask = batch.column("policy").is_null().to_numpy(zero_copy_only=False).copy()
+        first, last = np.searchsorted(self._rows, [start, start + batch.num_rows])
+        keep[self._rows[first:last] - start] = False
+        return keep
+
+    def _fates(self, start: int, batch: pa.RecordBatch) -> tuple[Any, pa.Table]:
+        """Return the rows that are not accepted, with line, id, policy and reason."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        rows = np.flatnonzero(~self._are_accepted(start, batch)) + start
+        at = np.searchsorted(self._rows, rows)
+        at[at < len(self._rows)] = at[at < len(self._rows)]
+        has = np.zeros(len(rows), bool)
+        inside = at < len(self._rows)
+        has[inside] = self._rows[at[inside]] == rows[inside]
+        index = pa.array(np.where(has, at, 0), mask=~has)
+        own = batch.take(pa.array(rows - start))
+        columns = {"line": own.column("line"), "id": own.column("id")}
+        for name in ("policy", "reason"):
+            joined = self._verdicts[name].take(index).combine_chunks()
+            columns[name] = pc.coalesce(own.column(name), joined)
+        return rows, pa.table(columns)
+
+    def _count(self) -> dict[str, int]:
+        """Count every fate: read = accepted + refused + excluded, and excluded by policy."""
+        comparisons = is_comparison(self._kind)
+        policies: Counter[str] = Counter()
+        for row in self._policies():
+            policies.update(row)
+        tally = _Tally(comparisons)
+        names = ["policy", "key_content", "source", "heldout"]
+        names += ["axis", "strength", "tie"] if comparisons else []
+        for start, batch in self._staging.scan(names):
+            keep = self._are_accepted(start, batch)
+            repeats = self._repeats_prompt[start : start + batch.num_rows][keep]
+            tally.add(batch.filter(keep), repeats)
+        self.digest = tally.digest.hexdigest()
+        self.accepted_by = tally.values()
+        self.met = list(policies)
+        counts = {
+            "read": self._staging.num_rows + self._staging.num_refused,
+            "accepted": tally.num_rows,
+            "refused": self.num_refused,
+            "excluded": policies.total(),
+        }
+        counts |= {
+            name: policies[name] for name in POLICIES if comparisons or name not in COMPARISON_ONLY
+        }
+        return counts | tally.flags
+
+    def _policies(self) -> Iterator[dict[str, int]]:
+        for start, batch in self._staging.scan(["line", "id", "policy", "reason"]):
+            rows, fates = self._fates(start, batch)
+            if rows.size:
+                yield dict(Counter(fates.filter(~self._collides[rows])["policy"].to_pylist()))
+
+
+class _Tally:
+    """Counts and digest of accepted rows."""
+
+    def __init__(self, comparisons: bool) -> None:
+        self.num_rows = 0
+        self.digest = hashlib.sha256()
+        self.flags = {"heldout": 0}
+        if comparisons:
+            self.flags |= {"repeat_prompt": 0, "ties": 0, "ungraded": 0}
+        self._values = {"source": Counter[str]()}
+        if comparisons:
+            self._values |= {"axis": Counter(), "strength": Counter()}
+
+    def add(self, batch: pa.RecordBatch, repeats: Mask) -> None:
+        """Take the accepted rows of a piece; the digest is over contents and sources in order."""
+        import pyarrow.compute as pc
+
+        if not batch.num_rows:
+            return
+        self.num_rows += batch.num_rows
+        contents = hex_texts(batch.column("key_content"))
+        lines = pc.binary_join_element_wise(contents, batch.column("source"), " ")
+        self.digest.update("\n".join([*lines.to_pylist(), ""]).encode())
+        self.flags["heldout"] += batch.column("heldout").true_count
+        for name, counter in self._values.items():
+            values = batch.column(name).fill_null("ungraded")
+            for item in pc.value_counts(values).to_pylist():
+                counter[item["values"]] += item["counts"]
+        if "ties" in self.flags:
+            self.flags["repeat_prompt"] += int(repeats.sum())
+            self.flags["ties"] += batch.column("tie").true_count
+            self.flags["ungraded"] += batch.column("strength").null_count
+
+    def values(self) -> dict[str, dict[str, int]]:
+        """Return the counts by source and, for comparisons, by axis and strength."""
+        found = {name: dict(sorted(counter.items())) for name, counter in self._values.items()}
+        return found if self.num_rows else {"source": {}}
