@@ -62,12 +62,13 @@ def staged_block(
 
 def _are_heldout(keys: pa.Array, *, share: float, salt: str) -> Mask:
     """Return `split.key_is_heldout` of every key."""
-    start = hashlib.blake2b(f"{salt}/".encode(), digest_size=8)
-    hashes = []
-    for key in hex_texts(keys).to_pylist():
-        hashed = start.copy()
-        hashed.update(key.encode())
-        hashes.append(hashed.digest())
+    import pyarrow as pa
+
+    start = f"{salt}/".encode()
+    hashes = [
+        hashlib.blake2b(start + key, digest_size=8).digest()
+        for key in hex_texts(keys).cast(pa.binary()).to_pylist()
+    ]
     limit = math.ceil(share * 2**64)
     numbers = np.frombuffer(b"".join(hashes), ">u8")
     return numbers < np.uint64(limit) if limit < 2**64 else np.ones(len(numbers), bool)

@@ -10,6 +10,7 @@ import hashlib
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,8 @@ SHORT_ESCAPES = {
 """Bytes that JSON writes as a backslash and one letter."""
 
 IS_SHORT = np.isin(np.arange(256), [key[0] for key in SHORT_ESCAPES])
-IS_LONG = ((np.arange(256) < 32) | (np.arange(256) > 126)) & ~IS_SHORT
-"""Bytes of texts that JSON writes as \\u and a number."""
+IS_ESCAPED = bytes(bool(IS_SHORT[byte]) or not 32 <= byte <= 126 for byte in range(256))
+"""Byte to 1 where JSON in ASCII escapes it, by a letter or by a number."""
 
 FOLDING = bytes(
     SPACE if FOLDED.fullmatch(chr(byte)) and byte < 128 else byte + 32 * (65 <= byte <= 90)
@@ -155,27 +156,30 @@ def json_texts(texts: pa.Array) -> pa.Array:
 
     data, offsets = _buffer(texts)
     escaped = data.tobytes()
-    short = np.flatnonzero(IS_SHORT[data])
-    if short.size:
-        for byte, text in SHORT_ESCAPES.items():
+    places = np.flatnonzero(np.frombuffer(escaped.translate(IS_ESCAPED), np.uint8))
+    values = data[places]
+    is_short = IS_SHORT[values]
+    short = places[is_short]
+    found = set(np.unique(values[is_short]).tolist())
+    for byte, text in SHORT_ESCAPES.items():
+        if byte[0] in found:
             escaped = escaped.replace(byte, text)
-    found = _texts(np.frombuffer(escaped, np.uint8), offsets + np.searchsorted(short, offsets))
-    found = _join('"', found, '"')
-    long = np.flatnonzero(IS_LONG[data])
-    if long.size:
-        rows = np.unique(np.searchsorted(offsets, long, side="right") - 1)
+    literals = _texts(np.frombuffer(escaped, np.uint8), offsets + np.searchsorted(short, offsets))
+    literals = _join('"', literals, '"')
+    if short.size < places.size:
         mask = np.zeros(len(texts), bool)
-        mask[rows] = True
+        mask[np.searchsorted(offsets, places[~is_short], side="right") - 1] = True
         exact = [encode_basestring_ascii(text) for text in texts.filter(mask).to_pylist()]
-        found = pc.replace_with_mask(found, mask, pa.array(exact, pa.string()))
-    return found
+        literals = pc.replace_with_mask(literals, mask, pa.array(exact, pa.string()))
+    return literals
 
 
 def digests(texts: pa.Array, make: Callable[[bytes], Any]) -> pa.Array:
     """Return the hash of every value as a binary column."""
     import pyarrow as pa
 
-    return pa.array([make(text).digest() for text in texts.cast(pa.binary()).to_pylist()])
+    hashes = [make(text).digest() for text in texts.cast(pa.binary()).to_pylist()]
+    return pa.array(hashes, pa.binary())
 
 
 def hex_texts(keys: pa.Array) -> pa.Array:
@@ -199,8 +203,7 @@ def first_words(keys: pa.Array) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(table[:, :8]).view(np.uint64).reshape(-1)
 
 
-def _blake2b(data: bytes) -> Any:
-    return hashlib.blake2b(data, digest_size=16)
+_blake2b = partial(hashlib.blake2b, digest_size=16)
 
 
 def _canonical(table: pa.Table, kind: Kind, ready: dict[str, pa.Array]) -> pa.Array:

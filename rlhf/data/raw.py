@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ COLON = re.compile(rb"[ \t\r]*:[ \t\r]*")
 ROW_NUMBER = re.compile(r" in row (\d+)$")
 MAX_FAULTS = 256
 """Rows of a block that `pyarrow.json` may stumble over; what follows then goes row by row."""
+MAX_BRACKETS = 256
+"""Brackets in a line with other fields that are given a type: nesting must not exhaust the stack."""
 
 _SCAN = json.JSONDecoder().scan_once
 
@@ -72,11 +75,7 @@ def from_lines(texts: Sequence[bytes], data: bytes, kind: Kind) -> Raw | None:
     if rows.size == 0:
         return None
     kept = [texts[row] for row in rows]
-    metas: list[Any] = [None] * len(kept)
-    has_meta = np.zeros(len(kept), bool)
-    if META in data:
-        for index, text in enumerate(kept):
-            kept[index], metas[index], has_meta[index] = _without_meta(text)
+    kept, metas, has_meta = _without_metas(kept) if META in data else _no_metas(kept)
     table, fits = _read_json(kept, _line_schema(kind, read_object(kept[0])))
     if table is None:
         return None
@@ -126,11 +125,46 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
+def _no_metas(texts: Sequence[bytes]) -> tuple[list[bytes], list[Any], Mask]:
+    return list(texts), [None] * len(texts), np.zeros(len(texts), bool)
+
+
+def _without_metas(texts: Sequence[bytes]) -> tuple[list[bytes], list[Any], Mask]:
+    """Return lines with `true` as their last `meta`, the values, and which lines had one.
+
+    All values are read at once where every `meta` is the last of its row, as they mostly are.
+    """
+    cut, metas, has_meta = _no_metas(texts)
+    parts = [text.rpartition(META) for text in texts]
+    has_meta = np.array([name != b"" and tail[:1] == b":" for _, name, tail in parts], bool)
+    rows = np.flatnonzero(has_meta)
+    values = _read_all([parts[row][2][1:-1] for row in rows])
+    if values is None:
+        found = [_without_meta(text) for text in texts]
+        return [x[0] for x in found], [x[1] for x in found], np.array([x[2] for x in found], bool)
+    for row, value in zip(rows, values, strict=True):
+        cut[row] = parts[row][0] + b'"meta":true}'
+        metas[row] = value
+    return cut, metas, has_meta
+
+
+def _read_all(values: Sequence[bytes]) -> list[Any] | None:
+    """Parse values in one go; None when one is no JSON value. Each is kept apart by a token that
+    nobody can foresee, so that none reaches into the next."""
+    token = secrets.token_hex(16)
+    text = b"[" + f',"{token}",'.encode().join(values) + b"]"
+    try:
+        found = json.loads(text.decode()) if values else []
+    except (ValueError, RecursionError):
+        return None
+    apart = len(found) == max(2 * len(values) - 1, 0) and set(found[1::2]) <= {token}
+    return found[::2] if apart else None
+
+
 def _without_meta(text: bytes) -> tuple[bytes, Any, bool]:
-    """Return a line with `true` as its last `meta`, the value, and whether there was one."""
     start = text.rfind(META)
     match = COLON.match(text, start + len(META)) if start > 0 else None
-    if match is None or text[start - 1 : start] == b"\\":
+    if match is None:
         return text, None, False
     tail = text[match.end() :].decode()
     try:
@@ -162,41 +196,53 @@ def _read_json(texts: Sequence[bytes], schema: pa.Schema) -> tuple[pa.Table | No
     import pyarrow as pa
 
     fits = np.ones(len(texts), bool)
-    data = b"\n".join(texts)
-    ends = np.cumsum([len(text) + 1 for text in texts])
-    start, table = 0, None
-    for _ in range(MAX_FAULTS):
-        try:
-            table = _parse_json(memoryview(data)[ends[start - 1] if start else 0 :], schema)
-            break
-        except pa.ArrowInvalid as error:
-            match = ROW_NUMBER.search(str(error))
-            if match is None:
-                fits[start:] = False
-                break
-            # After two rows on one line the count is one too far.
-            row = start + int(match.group(1))
-            fits[max(row - 1, 0) : row + 1] = False
-            start = row + 1
-            if start >= len(texts):
-                break
-    else:
-        fits[start:] = False
-    if not fits.all():
-        table = _parse_kept(texts, fits, schema)
+    try:
+        table = _parse_json(memoryview(b"\n".join(texts)), schema, others="error")
+        if table.num_rows == len(texts):
+            return table, fits
+    except pa.ArrowInvalid:
+        # Other fields get a type below, as deep as they are nested.
+        fits[:] = [text.count(b"[") + text.count(b"{") <= MAX_BRACKETS for text in texts]
+    _find_faults(texts, fits, schema)
+    table = _parse_kept(texts, fits, schema)
     if table is None or table.num_rows != fits.sum():
         return None, np.zeros(len(texts), bool)
     return _without_others(table, texts, fits, schema)
 
 
-def _parse_json(data: memoryview, schema: pa.Schema) -> pa.Table:
+def _find_faults(texts: Sequence[bytes], fits: Mask, schema: pa.Schema) -> None:
+    """Unmark the lines on which `pyarrow.json` stumbles; it names the first one each time."""
+    import pyarrow as pa
+
+    lines = np.flatnonzero(fits)
+    data = b"\n".join(texts[line] for line in lines)
+    starts = np.cumsum([0, *(len(texts[line]) + 1 for line in lines)])
+    first = 0
+    for _ in range(MAX_FAULTS):
+        if first >= lines.size:
+            return
+        try:
+            _parse_json(memoryview(data)[starts[first] :], schema)
+            return
+        except pa.ArrowInvalid as error:
+            match = ROW_NUMBER.search(str(error))
+            if match is None:
+                break
+            # After two rows on one line the count is one too far.
+            fault = first + int(match.group(1))
+            fits[lines[max(fault - 1, 0) : fault + 1]] = False
+            first = fault + 1
+    fits[lines[first:]] = False
+
+
+def _parse_json(data: memoryview, schema: pa.Schema, *, others: str = "infer") -> pa.Table:
     import pyarrow as pa
     import pyarrow.json as pj
 
     return pj.read_json(
         pa.BufferReader(pa.py_buffer(data)),
         read_options=pj.ReadOptions(use_threads=False, block_size=len(data) + 1),
-        parse_options=pj.ParseOptions(explicit_schema=schema),
+        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=others),
     ).combine_chunks()
 
 

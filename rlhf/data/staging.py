@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+def _nameless(folder: Path) -> IO[bytes]:
+    return tempfile.TemporaryFile(dir=folder)
+
+
 class Staging:
     """An append-only table of any size, with the list of what was refused; a context manager."""
 
@@ -27,8 +31,7 @@ class Staging:
         self.num_rows = 0
         self.num_refused = 0
         folder = next(path for path in (beside, *beside.absolute().parents) if path.is_dir())
-        self._rows: IO[bytes] = tempfile.TemporaryFile(dir=folder)
-        self._refused: IO[bytes] = tempfile.TemporaryFile(dir=folder)
+        self._rows, self._refused = (_nameless(folder) for _ in range(2))
         self._starts: list[int] = []
         self._writer: Any = None
 

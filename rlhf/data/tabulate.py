@@ -8,8 +8,9 @@ the tests hold together.
 from __future__ import annotations
 
 import json
+import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,15 +145,18 @@ def _by_column(
     taken = np.zeros(num_rows, bool)
     if raw is None:
         return _no_rows(kind), np.flatnonzero(~taken)
-    metas = [_meta_parts(*parts, kind) for parts in zip(raw.metas, raw.extras, strict=True)]
-    stored, hashed, tie, fits = zip(*metas, strict=True) if metas else ((), (), (), ())
+    metas, fits = _metas(raw)
     columns = {name: raw.table[name] for name in raw.table.schema.names}
     for name in {"id", *record_schema(kind).names} - set(columns) - {"meta"}:
         columns[name] = pa.nulls(len(metas), field_type(name))
     columns |= {"line": pa.array(raw.rows + first, pa.int64())}
-    columns |= {"meta": pa.array(stored, pa.string()), "meta_sorted": pa.array(hashed, pa.string())}
-    columns |= {"meta_tie": pa.array(tie, pa.bool_())}
-    table, rows = _keep(pa.table(columns), raw.rows, np.array(fits, bool))
+    columns["meta"] = pa.array(_dump_all(metas, json.JSONEncoder()), pa.string())
+    columns["meta_sorted"] = pa.array(_dump_all(metas, _SORTED), pa.string())
+    if RECORDS[kind] is Comparison:
+        ties = [meta.get("tie") for meta in metas]
+        fits &= np.array([tie is None or isinstance(tie, bool) for tie in ties], bool)
+        columns["meta_tie"] = pa.array([tie is True for tie in ties], pa.bool_())
+    table, rows = _keep(pa.table(columns), raw.rows, fits)
     if columns["id"].type not in (pa.string(), pa.int64()):
         return _no_rows(kind), np.flatnonzero(~taken)
     table, rows = _keep(table, rows, _are_there(table, kind, defaults))
@@ -167,16 +171,28 @@ def _keep(table: pa.Table, rows: Indices, mask: Mask) -> tuple[pa.Table, Indices
     return table.filter(mask).combine_chunks(), rows[mask]
 
 
-def _meta_parts(meta: Any, extra: dict[str, Any], kind: Kind) -> tuple[str, str, bool, bool]:
-    """Return `meta` as stored and as hashed, whether it says tie, and whether it may be taken."""
-    if not meta and not extra and not isinstance(meta, str | list | int | float):
-        return "{}", "{}", False, True
-    try:
-        meta = {**parse_meta(meta), **extra}
-    except RowError:
-        return "", "", False, False
-    tie = meta.get("tie") if RECORDS[kind] is Comparison else None
-    return *_write_meta(meta), tie is True, tie is None or isinstance(tie, bool)
+def _metas(raw: Raw) -> tuple[list[dict[str, Any]], Mask]:
+    """Return `meta` with the fields that have no meaning, and which rows' may be taken."""
+    fits = np.ones(len(raw.metas), bool)
+    metas: list[dict[str, Any]] = []
+    for index, (meta, extra) in enumerate(zip(raw.metas, raw.extras, strict=True)):
+        try:
+            metas.append({**parse_meta(meta), **extra} if extra else parse_meta(meta))
+        except RowError:
+            metas.append({})
+            fits[index] = False
+    return metas, fits
+
+
+def _dump_all(metas: Sequence[dict[str, Any]], encoder: json.JSONEncoder) -> list[str]:
+    """Return every object as JSON, in one go: a token that nobody can foresee keeps them apart."""
+    if not any(metas):
+        return ["{}"] * len(metas)
+    token = secrets.token_hex(16)
+    between: list[Any] = [token] * (2 * len(metas) - 1)
+    between[::2] = metas
+    comma = encoder.item_separator
+    return encoder.encode(between)[1:-1].split(f'{comma}"{token}"{comma}')
 
 
 def _write_meta(meta: dict[str, Any]) -> tuple[str, str]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from rlhf.data.keys import keys_of
-from rlhf.data.ledger import History, Seen
-from rlhf.data.records import Comparison, Prompt
-from rlhf.data.sift import Sifted, count_rows, sift
+from rlhf.data.accept import Judged, staged_block
+from rlhf.data.files import Lines
+from rlhf.data.keys import Record, keys_of
+from rlhf.data.parse import Defaults
+from rlhf.data.records import Comparison, Kind, Prompt
+from rlhf.data.repeats import find_verdicts
+from rlhf.data.staging import Staging
 
 
 def pair(id: str, chosen: str = "yes", rejected: str = "no", **more: Any) -> Comparison:
@@ -18,26 +25,45 @@ def pair(id: str, chosen: str = "yes", rejected: str = "no", **more: Any) -> Com
     return Comparison(id=id, prompt=prompt, chosen=chosen, rejected=rejected, **fields)  # type: ignore[arg-type]
 
 
-def run(*records: Any, history: History | None = None, max_chars: int = 100) -> Sifted:
-    return sift(
-        list(enumerate(records, start=1)),
-        batch="new",
-        history=history or History(position=0),
-        share=0.25,
-        salt="s",
-        max_chars=max_chars,
-    )
+class Before:
+    """Rows of an earlier batch named `old`, as the store yields them."""
+
+    def __init__(self, *records: Record) -> None:
+        self.rows = [
+            {
+                "id": record.id,
+                **{f"key_{name}": getattr(keys, name) for name in keys.__slots__},
+            }
+            for record, keys in ((record, keys_of(record)) for record in records)
+        ]
+
+    def scan(self, names: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+        for row in self.rows:
+            yield "old", pa.RecordBatch.from_pylist([{name: row[name] for name in names}])
 
 
-def history_of(*records: Any) -> History:
-    history = History(position=1)
-    for record in records:
-        keys = keys_of(record)
-        seen = Seen("old", record.id, keys.swapped)
-        history.exact[keys.exact] = history.near[keys.near] = seen
-        history.contents[record.id] = ("old", keys.content)
-        history.prompts.add(keys.prompt)
-    return history
+class Sifted:
+    """What became of rows."""
+
+    def __init__(self, records: Sequence[Record], history: Before, max_chars: int) -> None:
+        kind = Kind.prompts if isinstance(records[0], Prompt) else Kind.batch
+        data = "\n".join(json.dumps(record.to_json()) for record in records).encode()
+        defaults = Defaults(source="new", axis=None, is_safety=False)
+        split = {"share": 0.25, "salt": "s"}
+        with Staging(Path()) as staging:
+            table, refused, _ = staged_block(Lines(1, data, 0), kind, defaults, split, max_chars)
+            staging.add(table, refused)
+            staging.finish()
+            judged = Judged(staging, kind, find_verdicts(staging, history, batch="new"))
+            tables = list(judged.accepted(lambda what, done, total: None))
+            self.accepted = pa.concat_tables(tables).to_pylist()
+            self.refused = list(judged.refused())
+            self.excluded = list(judged.excluded())
+            self.counts = judged.counts
+
+
+def run(*records: Record, history: Before | None = None, max_chars: int = 100) -> Sifted:
+    return Sifted(records, history or Before(), max_chars)
 
 
 def policies(sifted: Sifted) -> list[str]:
@@ -65,7 +91,7 @@ def policies(sifted: Sifted) -> list[str]:
 )
 def test_each_policy(second: Comparison, policy: str, reason: str) -> None:
     sifted = run(pair("a"), second)
-    assert [record.id for record, _ in sifted.accepted] == ["a"]
+    assert [row["id"] for row in sifted.accepted] == ["a"]
     assert sifted.excluded == [{"line": 2, "id": "b", "policy": policy, "reason": reason}]
     assert sifted.refused == []
 
@@ -87,7 +113,7 @@ def test_rows_that_no_policy_excludes(second: Comparison) -> None:
 
 
 def test_policies_over_batches() -> None:
-    history = history_of(pair("a"), pair("c", "left", "right"))
+    history = Before(pair("a"), pair("c", "left", "right"))
     sifted = run(
         pair("b"),
         pair("d", "Yes", "No"),
@@ -102,7 +128,7 @@ def test_policies_over_batches() -> None:
         "contradicting",
     ]
     assert sifted.excluded[2]["reason"] == "contradicts c of old"
-    assert [(r.id, r.repeat_prompt) for r, _ in sifted.accepted if isinstance(r, Comparison)] == [
+    assert [(row["id"], row["repeat_prompt"]) for row in sifted.accepted] == [
         ("f", True),
         ("g", False),
     ]
@@ -110,12 +136,12 @@ def test_policies_over_batches() -> None:
 
 def test_a_prompt_repeated_within_the_file_is_no_repeat() -> None:
     sifted = run(pair("a"), pair("b", "x", "y"))
-    assert [r.repeat_prompt for r, _ in sifted.accepted if isinstance(r, Comparison)] == [False] * 2
+    assert [row["repeat_prompt"] for row in sifted.accepted] == [False] * 2
 
 
 def test_an_id_stands_for_one_row() -> None:
     sifted = run(
-        pair("a"), pair("a", "other"), pair("a"), pair("z", "q"), history=history_of(pair("z"))
+        pair("a"), pair("a", "other"), pair("a"), pair("z", "q"), history=Before(pair("z"))
     )
     assert [(row["line"], row["reason"]) for row in sifted.refused] == [
         (2, "id='a' has other content on line 1"),
@@ -133,7 +159,7 @@ def test_an_excluded_row_is_no_original() -> None:
     """The second row repeats only one that was thrown out, so it stays."""
     bad = pair("a", "one", "two", axis="safety", chosen_safe=False, rejected_safe=True)
     good = pair("b", "one", "two", axis="safety")
-    assert [record.id for record, _ in run(bad, good).accepted] == ["b"]
+    assert [row["id"] for row in run(bad, good).accepted] == ["b"]
 
 
 def test_prompts_repeat_by_their_whole_text() -> None:
@@ -143,9 +169,9 @@ def test_prompts_repeat_by_their_whole_text() -> None:
         return Prompt(id=id, prompt=messages, is_safety=False, source="s")  # type: ignore[arg-type]
 
     sifted = run(prompt("a", "Hi"), prompt("b", "Hi", "Yes?", "Go on"), prompt("c", "hi!"))
-    assert [record.id for record, _ in sifted.accepted] == ["a", "b"]
+    assert [row["id"] for row in sifted.accepted] == ["a", "b"]
     assert policies(sifted) == ["near_duplicate_in_file"]
-    counts = count_rows(sifted, num_read=3, comparisons=False)
+    counts = sifted.counts
     assert "contradicting" not in counts
     assert "ties" not in counts
 
@@ -158,7 +184,7 @@ def test_counts_add_up() -> None:
         pair("c", strength=None, question="Who?"),
         pair("d", ""),
     )
-    counts = count_rows(sifted, num_read=5, comparisons=True)
+    counts = sifted.counts
     named = {name: n for name, n in counts.items() if n and name != "heldout"}
     assert named == {
         "read": 5,
