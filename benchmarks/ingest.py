@@ -25,9 +25,7 @@ from typing import Any
 
 SOURCES = ("vendor-a", "vendor-b", "open-set", "red-team")
 STRENGTHS = ("significantly_better", "better", "slightly_better", "negligibly_better")
-SYLLABLES = (
-    "ba be co da di en fo ga hi in ka la le mi mo na no or pa re ri sa se ta ti to un va wo".split()
-)
+SYLLABLES = [first + last for first in "bdfgklmnprst" for last in ("a", "e", "i", "o", "un")]
 RARE = (
     "caf\u00e9",
     "na\u00efve",
@@ -150,9 +148,8 @@ def write_file(path: Path, num_rows: int, *, seed: int, prefix: str) -> None:
             write_file(plain, num_rows, seed=seed, prefix=prefix)
         pq.write_table(pj.read_json(plain), path)
         return
-    opened = gzip.open(path, "wt", 6, "utf-8") if path.suffix == ".gz" else path.open("w")
-    with opened as file:
-        file.writelines(lines)
+    with gzip.open(path, "wb", 6) if path.suffix == ".gz" else path.open("wb") as file:
+        file.writelines(line.encode() for line in lines)
 
 
 def peak_megabytes() -> float:
@@ -235,7 +232,7 @@ def compare(path: Path, folder: Path, *, num_rows: int, rounds: int, history: in
         ratio = medians["ingest"] / seconds
         print(
             f"{reader:13} {seconds:7.1f} s {num_rows / seconds:10,.0f} rows/s "
-            f"{size / seconds:6.0f} MB/s  ingest takes {ratio:.1f} times as long  peak {peak:,.0f} MB"
+            f"{size / seconds:6.0f} MB/s  ingest takes {ratio:.1f}x its time  peak {peak:,.0f} MB"
         )
     print(json.dumps({name: n for name, n in results["ingest"][-1]["counts"].items() if n}))
 

@@ -7,6 +7,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +26,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a row's fate depends on beside the row: the held-out split and the longest row."""
+
+    share: float
+    salt: str
+    max_chars: int
+
+
 def staged_block(
     block: Block,
     kind: Kind,
     defaults: Defaults,
-    split: dict[str, Any],
-    max_chars: int,
+    rules: Rules,
     *,
     by_row: bool = False,
 ) -> tuple[pa.Table, list[dict[str, Any]], Counter[str]]:
@@ -43,7 +52,7 @@ def staged_block(
 
     found = tabulate(block, kind, defaults, by_row=by_row)
     keys = key_columns(found.table, kind)
-    policy, reason = row_policies(found.table, kind, keys.is_alike, max_chars)
+    policy, reason = row_policies(found.table, kind, keys.is_alike, rules.max_chars)
     table = found.table.drop_columns(["meta_sorted"])
     columns = {name: table[name] for name in table.schema.names}
     columns |= {
@@ -53,23 +62,23 @@ def staged_block(
         "key_swapped": keys.swapped,
         "key_prompt": keys.prompt,
         "key_id": pa.array(id_words(table["id"])),
-        "heldout": pa.array(_are_heldout(keys.prompt, **split)),
+        "heldout": pa.array(_are_heldout(keys.prompt, rules)),
         "policy": policy,
         "reason": reason,
     }
     return pa.table(columns), found.refused, found.extra_fields
 
 
-def _are_heldout(keys: pa.Array, *, share: float, salt: str) -> Mask:
+def _are_heldout(keys: pa.Array, rules: Rules) -> Mask:
     """Return `split.key_is_heldout` of every key."""
     import pyarrow as pa
 
-    start = f"{salt}/".encode()
+    start = f"{rules.salt}/".encode()
     hashes = [
         hashlib.blake2b(start + key, digest_size=8).digest()
         for key in hex_texts(keys).cast(pa.binary()).to_pylist()
     ]
-    limit = math.ceil(share * 2**64)
+    limit = math.ceil(rules.share * 2**64)
     numbers = np.frombuffer(b"".join(hashes), ">u8")
     return numbers < np.uint64(limit) if limit < 2**64 else np.ones(len(numbers), bool)
 
@@ -87,8 +96,6 @@ class Judged:
         is_refused = np.array(verdicts.table["policy"].to_pylist(), object) == REFUSED
         self._collides[self._rows[is_refused]] = True
         self.num_refused = staging.num_refused + int(is_refused.sum())
-        self.met: list[str] = []
-        """Policies in the order in which rows met them first."""
         self.accepted_by: dict[str, dict[str, int]] = {}
         self.digest = ""
         self.counts = self._count()
@@ -99,11 +106,24 @@ class Judged:
 
     def excluded(self) -> Iterator[dict[str, Any]]:
         """Yield the entries of excluded.jsonl."""
-        names = ["line", "id", "policy", "reason"]
-        for start, batch in self._staging.scan(names):
-            rows, fates = self._fates(start, batch)
-            kept = fates.filter(~self._collides[rows]) if rows.size else fates
-            yield from kept.to_pylist()
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for start, batch in self._staging.scan(["line", "id", "policy", "reason"]):
+            end = start + batch.num_rows
+            left_out = ~self._are_accepted(start, batch) & ~self._collides[start:end]
+            places = np.flatnonzero(left_out)
+            if not places.size:
+                continue
+            found = np.searchsorted(self._rows, places + start)
+            own = batch.take(pa.array(places))
+            # A row that a policy excludes by itself is never compared with others.
+            index = pa.array(found, mask=own.column("policy").is_valid().to_numpy(False))
+            columns = {name: own.column(name) for name in ("line", "id")}
+            for name in ("policy", "reason"):
+                compared = self._verdicts[name].take(index).combine_chunks()
+                columns[name] = pc.coalesce(own.column(name), compared)
+            yield from pa.table(columns).to_pylist()
 
     def accepted(self, progress: Callable[[str, int, int], None]) -> Iterator[pa.Table]:
         """Yield the accepted rows as they are stored."""
@@ -140,57 +160,31 @@ class Judged:
         keep[self._rows[first:last] - start] = False
         return keep
 
-    def _fates(self, start: int, batch: pa.RecordBatch) -> tuple[Any, pa.Table]:
-        """Return the rows that are not accepted, with line, id, policy and reason."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        rows = np.flatnonzero(~self._are_accepted(start, batch)) + start
-        at = np.searchsorted(self._rows, rows)
-        at[at < len(self._rows)] = at[at < len(self._rows)]
-        has = np.zeros(len(rows), bool)
-        inside = at < len(self._rows)
-        has[inside] = self._rows[at[inside]] == rows[inside]
-        index = pa.array(np.where(has, at, 0), mask=~has)
-        own = batch.take(pa.array(rows - start))
-        columns = {"line": own.column("line"), "id": own.column("id")}
-        for name in ("policy", "reason"):
-            joined = self._verdicts[name].take(index).combine_chunks()
-            columns[name] = pc.coalesce(own.column(name), joined)
-        return rows, pa.table(columns)
-
     def _count(self) -> dict[str, int]:
         """Count every fate: read = accepted + refused + excluded, and excluded by policy."""
         comparisons = is_comparison(self._kind)
-        policies: Counter[str] = Counter()
-        for row in self._policies():
-            policies.update(row)
+        policies = Counter(self._verdicts["policy"].to_pylist())
         tally = _Tally(comparisons)
         names = ["policy", "key_content", "source", "heldout"]
         names += ["axis", "strength", "tie"] if comparisons else []
         for start, batch in self._staging.scan(names):
             keep = self._are_accepted(start, batch)
-            repeats = self._repeats_prompt[start : start + batch.num_rows][keep]
-            tally.add(batch.filter(keep), repeats)
+            end = start + batch.num_rows
+            tally.add(batch.filter(keep), self._repeats_prompt[start:end][keep])
+            alone = batch.column("policy").filter(~self._collides[start:end])
+            policies.update(alone.drop_null().to_pylist())
         self.digest = tally.digest.hexdigest()
         self.accepted_by = tally.values()
-        self.met = list(policies)
         counts = {
             "read": self._staging.num_rows + self._staging.num_refused,
             "accepted": tally.num_rows,
             "refused": self.num_refused,
-            "excluded": policies.total(),
+            "excluded": sum(policies[name] for name in POLICIES),
         }
         counts |= {
             name: policies[name] for name in POLICIES if comparisons or name not in COMPARISON_ONLY
         }
         return counts | tally.flags
-
-    def _policies(self) -> Iterator[dict[str, int]]:
-        for start, batch in self._staging.scan(["line", "id", "policy", "reason"]):
-            rows, fates = self._fates(start, batch)
-            if rows.size:
-                yield dict(Counter(fates.filter(~self._collides[rows])["policy"].to_pylist()))
 
 
 class _Tally:

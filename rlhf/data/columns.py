@@ -199,7 +199,7 @@ def first_words(keys: pa.Array) -> npt.NDArray[np.uint64]:
     table = data.reshape(len(keys), -1)
     if pa.types.is_string(keys.type):
         digits = table[:, :16] - np.where(table[:, :16] > 57, 87, 48).astype(np.uint8)
-        table = digits[:, ::2] << 4 | digits[:, 1::2]
+        table = np.bitwise_or(digits[:, ::2] << 4, digits[:, 1::2], dtype=np.uint8)
     return np.ascontiguousarray(table[:, :8]).view(np.uint64).reshape(-1)
 
 

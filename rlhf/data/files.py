@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import DataError
 
@@ -100,8 +100,8 @@ def read_blocks(path: Path) -> Iterator[Block]:
             yield from _read_parquet(path)
             return
         with path.open("rb") as raw:
-            file = raw if found == "jsonl" else gzip.GzipFile(fileobj=raw)
-            yield from _read_lines(file, raw)
+            file = gzip.GzipFile(fileobj=raw) if found == "jsonl.gz" else raw
+            yield from _read_lines(file.read, raw.tell)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({_one_line(error)}); fetch it again") from error
 
@@ -158,27 +158,27 @@ def plain_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | RowError:
     return found
 
 
-def _read_lines(file: IO[bytes], raw: IO[bytes]) -> Iterator[Lines]:
+def _read_lines(read: Callable[[int], bytes], tell: Callable[[], int]) -> Iterator[Lines]:
     number, rest, is_first = 1, b"", True
-    while chunk := file.read(BLOCK_BYTES):
+    while chunk := read(BLOCK_BYTES):
         if is_first:
             chunk, is_first = chunk.removeprefix(BYTE_ORDER_MARK), False
         data = rest + chunk
         end = data.rfind(b"\n") + 1
         if end == 0 and len(data) > MAX_LINE_BYTES:
-            yield Lines(number, data[:200], raw.tell(), is_cut=True)
+            yield Lines(number, data[:200], tell(), is_cut=True)
             # The rest of that line is read and dropped.
             while chunk and b"\n" not in chunk:
-                chunk = file.read(BLOCK_BYTES)
+                chunk = read(BLOCK_BYTES)
             rest = chunk[chunk.find(b"\n") + 1 :]
             number += 1
             continue
         if end:
-            yield Lines(number, data[:end], raw.tell())
+            yield Lines(number, data[:end], tell())
             number += data.count(b"\n", 0, end)
         rest = data[end:]
     if rest:
-        yield Lines(number, rest, raw.tell())
+        yield Lines(number, rest, tell())
 
 
 def _read_parquet(path: Path) -> Iterator[Rows]:

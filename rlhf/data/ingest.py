@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from rlhf.artifacts import sha256_file
 from rlhf.config import OnBadRow
-from rlhf.data.accept import Judged, staged_block
+from rlhf.data.accept import Judged, Rules, staged_block
 from rlhf.data.files import RowError, file_format, read_blocks, read_objects
 from rlhf.data.ledger import Entry, Store
 from rlhf.data.parse import Defaults, infer_kind
@@ -102,7 +102,7 @@ def ingest_file(
     _check_names(path, id=id, stream=store.stream, axis=axis)
     store.check_split(share=heldout_share, salt=heldout_salt)
     defaults = Defaults(source=id, axis=axis, is_safety=is_safety_default)
-    split = {"share": heldout_share, "salt": heldout_salt}
+    rules = Rules(heldout_share, heldout_salt, max_chars)
     settings = {
         "on_bad_row": on_bad_row.name,
         "axis": axis,
@@ -111,7 +111,7 @@ def ingest_file(
     }
     with Staging(store.folder) as staging:
         kind = kind or _kind_of(path)
-        parsed = _parse(path, staging, kind, defaults, split, max_chars, progress)
+        parsed = _parse(path, staging, kind, defaults, rules, progress)
         while True:
             history = store.history(parsed.kind, before=id)
             judged = Judged(staging, kind, find_verdicts(staging, history, batch=id))
@@ -128,7 +128,8 @@ def ingest_file(
                 excluded=judged.excluded(),
                 manifest=manifest,
             )
-            if store.add(entry, **split, position=history.position):
+            position = history.position
+            if store.add(entry, share=heldout_share, salt=heldout_salt, position=position):
                 report = _report(store, parsed.kind, id, manifest, judged, added=True)
                 log.info("%s", report.message)
                 return report
@@ -157,8 +158,7 @@ def _parse(
     staging: Staging,
     kind: Kind,
     defaults: Defaults,
-    split: dict[str, Any],
-    max_chars: int,
+    rules: Rules,
     progress: Progress,
 ) -> _Parsed:
     """Read the file into the staging, several blocks at a time."""
@@ -170,7 +170,7 @@ def _parse(
         parsed = _Parsed(kind, {"name": path.name, "format": found})
         blocks = in_order(
             pool,
-            lambda block: (block.done, staged_block(block, kind, defaults, split, max_chars)),
+            lambda block: (block.done, staged_block(block, kind, defaults, rules)),
             read_blocks(path),
             ahead=num_threads,
         )
@@ -248,7 +248,8 @@ def _is_known(
         return False
     if counts["duplicate_of_earlier"] == counts["read"]:
         return True
-    fates = Counter({name: counts[name] for name in (*judged.met, "refused")})
+    fates = Counter(row["policy"] for row in judged.excluded())
+    fates["refused"] = counts["refused"]
     listed = ", ".join(f"{name} {number}" for name, number in fates.most_common() if number)
     raise DataError(f"{path} has no usable row ({listed}); nothing was added, check the file")
 

@@ -38,8 +38,10 @@ CHUNK_ROWS = 10_000
 SCAN_ROWS = 100_000
 """Rows whose keys are read at a time."""
 
-REPEATING = ("strength", "axis", "source", "annotator", "model_chosen", "model_rejected", "meta")
-REPEATING += ("prompt.list.element.role", "messages.list.element.role")
+REPEATING = (
+    *("strength", "axis", "source", "annotator", "model_chosen", "model_rejected", "meta"),
+    *("prompt.list.element.role", "messages.list.element.role"),
+)
 """Columns with few distinct values, which Parquet writes once each."""
 
 

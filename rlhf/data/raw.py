@@ -38,9 +38,9 @@ ROW_NUMBER = re.compile(r" in row (\d+)$")
 MAX_FAULTS = 256
 """Rows of a block that `pyarrow.json` may stumble over; what follows then goes row by row."""
 MAX_BRACKETS = 256
-"""Brackets in a line with other fields that are given a type: nesting must not exhaust the stack."""
+"""Brackets in a line whose other fields get a type: nesting must not exhaust the stack."""
 
-_SCAN = json.JSONDecoder().scan_once
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def from_lines(texts: Sequence[bytes], data: bytes, kind: Kind) -> Raw | None:
     rows = np.flatnonzero(_are_plain(texts, data))
     if rows.size == 0:
         return None
-    kept = [texts[row] for row in rows]
+    kept = [texts[row] for row in rows.tolist()]
     kept, metas, has_meta = _without_metas(kept) if META in data else _no_metas(kept)
     table, fits = _read_json(kept, _line_schema(kind, read_object(kept[0])))
     if table is None:
@@ -168,8 +168,8 @@ def _without_meta(text: bytes) -> tuple[bytes, Any, bool]:
         return text, None, False
     tail = text[match.end() :].decode()
     try:
-        value, end = _SCAN(tail, 0)
-    except (ValueError, StopIteration, RecursionError):
+        value, end = _DECODER.raw_decode(tail)
+    except (ValueError, RecursionError):
         return text, None, False
     end = end if tail.isascii() else len(tail[:end].encode())
     return text[: match.end()] + b"true" + text[match.end() + end :], value, True
@@ -215,11 +215,12 @@ def _find_faults(texts: Sequence[bytes], fits: Mask, schema: pa.Schema) -> None:
     import pyarrow as pa
 
     lines = np.flatnonzero(fits)
-    data = b"\n".join(texts[line] for line in lines)
-    starts = np.cumsum([0, *(len(texts[line]) + 1 for line in lines)])
+    kept = [texts[line] for line in lines.tolist()]
+    data = b"\n".join(kept)
+    starts = np.cumsum([0, *(len(text) + 1 for text in kept)])
     first = 0
     for _ in range(MAX_FAULTS):
-        if first >= lines.size:
+        if first >= len(kept):
             return
         try:
             _parse_json(memoryview(data)[starts[first] :], schema)

@@ -19,7 +19,7 @@ from slow_ingest import SlowHistory, slow_ingest
 
 from rlhf.config import OnBadRow
 from rlhf.data import files, raw, repeats
-from rlhf.data.accept import staged_block
+from rlhf.data.accept import Rules, staged_block
 from rlhf.data.columns import fold_texts, hex_texts, json_texts, key_columns
 from rlhf.data.files import Lines
 from rlhf.data.ingest import ingest_file
@@ -30,7 +30,6 @@ from rlhf.data.records import Kind
 from rlhf.data.split import FOLDED, fold_text
 from rlhf.data.tabulate import tabulate
 
-SPLIT = {"share": 0.25, "salt": "s"}
 PIECES = (
     "word",
     "Word",
@@ -230,8 +229,8 @@ def check(path: Path, store: Store, history: SlowHistory, *, id: str, axis: str 
         id=id,
         on_bad_row=OnBadRow.quarantine,
         axis=axis,
-        heldout_share=SPLIT["share"],
-        heldout_salt=SPLIT["salt"],
+        heldout_share=0.25,
+        heldout_salt="s",
         max_chars=300,
     )
     slow = slow_ingest(
@@ -350,7 +349,7 @@ def test_both_ways_stage_the_same(seed: int) -> None:
     block = Lines(1, lines_of(rng, rows_of(rng, 200, first=0, mild=True), mild=True), 0)
     defaults = Defaults(source="w", axis=None, is_safety=False)
     fast, slow = (
-        staged_block(block, Kind.batch, defaults, SPLIT, 300, by_row=by_row)
+        staged_block(block, Kind.batch, defaults, Rules(0.25, "s", 300), by_row=by_row)
         for by_row in (False, True)
     )
     assert fast[0].equals(slow[0])

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rlhf.data.accept import Judged, staged_block
+from rlhf.data.accept import Judged, Rules, staged_block
 from rlhf.data.files import Lines
 from rlhf.data.keys import Record, keys_of
 from rlhf.data.parse import Defaults
@@ -49,9 +49,9 @@ class Sifted:
         kind = Kind.prompts if isinstance(records[0], Prompt) else Kind.batch
         data = "\n".join(json.dumps(record.to_json()) for record in records).encode()
         defaults = Defaults(source="new", axis=None, is_safety=False)
-        split = {"share": 0.25, "salt": "s"}
+        rules = Rules(0.25, "s", max_chars)
         with Staging(Path()) as staging:
-            table, refused, _ = staged_block(Lines(1, data, 0), kind, defaults, split, max_chars)
+            table, refused, _ = staged_block(Lines(1, data, 0), kind, defaults, rules)
             staging.add(table, refused)
             staging.finish()
             judged = Judged(staging, kind, find_verdicts(staging, history, batch="new"))
