@@ -34,7 +34,7 @@ from rlhf.lease import current_job
 from rlhf.operate import changed_files, clean_run, export_version
 from rlhf.plan import Plan, waiting_batches
 from rlhf.processes import STOP
-from rlhf.progress import duration
+from rlhf.progress import duration, show_work
 from rlhf.state import log_tail, node_state
 from rlhf.versions import current_version, list_versions, overrule, write_versions
 from rlhf.worker import process_environment
@@ -222,20 +222,23 @@ def ingest(config: Config, *files: str) -> int:
         kind = Kind[settings.kind]
     if settings.id is not None and len(files) > 1:
         raise ConfigError(f"ingest.id={settings.id} names {len(files)} files: give one file")
+    out = console()
     for file in files:
-        ingested = ingest_file(
-            Path(file),
-            Store(Path(config.paths.store), settings.stream),
-            kind=kind,
-            id=settings.id,
-            on_bad_row=settings.on_bad_row,
-            axis=settings.axis,
-            heldout_share=config.data.heldout_share,
-            heldout_salt=config.data.heldout_salt,
-            max_chars=settings.max_chars,
-            is_safety_default=config.data.is_safety_default,
-        )
-        console().print(ingested.message, markup=False)
+        with show_work(out) as progress:
+            ingested = ingest_file(
+                Path(file),
+                Store(Path(config.paths.store), settings.stream),
+                kind=kind,
+                id=settings.id,
+                on_bad_row=settings.on_bad_row,
+                axis=settings.axis,
+                heldout_share=config.data.heldout_share,
+                heldout_salt=config.data.heldout_salt,
+                max_chars=settings.max_chars,
+                is_safety_default=config.data.is_safety_default,
+                progress=progress,
+            )
+        out.print(ingested.message, markup=False)
     return 0
 
 

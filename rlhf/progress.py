@@ -12,8 +12,10 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from rlhf.state import read_progress
@@ -62,5 +64,36 @@ def follow(console: Console, run_folder: Path) -> Iterator[Callable[[Sequence[st
                         steps=f"{seen['step']}/{seen['total']}",
                         eta=f"left {duration(seen['eta'])}",
                     )
+
+        yield update
+
+
+@contextmanager
+def show_work(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show long work in this process; call what it gives with what, how much is done, and of what.
+
+    A new `what` takes the place of the one before. Nothing is shown where there is no terminal.
+    """
+    if not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown: list[tuple[str, TaskID]] = []
+
+        def update(what: str, done: int, total: int) -> None:
+            if not shown or shown[-1][0] != what:
+                for _, task in shown:
+                    bar.remove_task(task)
+                shown[:] = [(what, bar.add_task(what, total=total))]
+            bar.update(shown[-1][1], completed=done, total=total)
 
         yield update

@@ -166,7 +166,7 @@ class Ingest:
     axis: str | None = execution(None)
     """Axis of rows that do not name one."""
     max_chars: int = execution(40000)
-    """Longer rows are refused as over-long, never cut."""
+    """Longer rows are excluded and counted as over_long, never cut: prompt and longer response."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf.data.columns import Mask, hex_texts, is_comparison, key_columns
 from rlhf.data.files import Block
-from rlhf.data.ledger import KEY_COLUMNS, row_schema
+from rlhf.data.ledger import KEY_COLUMNS, Progress, row_schema
 from rlhf.data.parse import Defaults
 from rlhf.data.records import Kind
 from rlhf.data.repeats import REFUSED, Verdicts, id_words
@@ -125,7 +125,7 @@ class Judged:
                 columns[name] = pc.coalesce(own.column(name), compared)
             yield from pa.table(columns).to_pylist()
 
-    def accepted(self, progress: Callable[[str, int, int], None]) -> Iterator[pa.Table]:
+    def accepted(self, progress: Progress) -> Iterator[pa.Table]:
         """Yield the accepted rows as they are stored."""
         import pyarrow as pa
 

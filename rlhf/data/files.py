@@ -25,7 +25,7 @@ BLOCK_BYTES = 8 << 20
 """Part of a text file that is held at a time; lines are never cut."""
 BLOCK_ROWS = 8_192
 """The same for the rows of a Parquet file."""
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 16 << 20
 """A longer line is no row, so that no file is read as a whole: it is refused by its beginning."""
 PARQUET_BUFFER = 1 << 20
 """Bytes of a Parquet column that are read at a time, however large its row groups are."""

@@ -22,7 +22,7 @@ from rlhf.artifacts import sha256_file
 from rlhf.config import OnBadRow
 from rlhf.data.accept import Judged, Rules, staged_block
 from rlhf.data.files import RowError, file_format, read_blocks, read_objects
-from rlhf.data.ledger import Entry, Store
+from rlhf.data.ledger import Entry, Progress, Store, silent
 from rlhf.data.parse import Defaults, infer_kind
 from rlhf.data.records import AXES, Kind
 from rlhf.data.repeats import find_verdicts
@@ -43,9 +43,6 @@ MAX_REPORTED = 1_000
 MAX_THREADS = 4
 """Blocks that are worked on at once: hashing holds Python's lock, more would only take memory."""
 QUARANTINE = "ingest.on_bad_row=quarantine"
-
-Progress = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and the total: bytes when reading, rows when writing."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -89,7 +86,7 @@ def ingest_file(
     heldout_salt: str,
     max_chars: int = 40_000,
     is_safety_default: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> IngestReport:
     """Validate a file and add it to the store as one immutable batch or set.
 
@@ -113,7 +110,7 @@ def ingest_file(
         kind = kind or _kind_of(path)
         parsed = _parse(path, staging, kind, defaults, rules, progress)
         while True:
-            history = store.history(parsed.kind, before=id)
+            history = store.history(parsed.kind, before=id, progress=progress)
             judged = Judged(staging, kind, find_verdicts(staging, history, batch=id))
             if judged.num_refused and on_bad_row is OnBadRow.refuse:
                 raise DataError(_refusal(path, judged))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,14 @@ REPEATING = (
 """Columns with few distinct values, which Parquet writes once each."""
 
 
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and the total: bytes when reading, else rows."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """What earlier batches of a stream and kind hold; `position` is the stream's newest number."""
@@ -52,6 +60,7 @@ class History:
     position: int
     batches: tuple[tuple[str, Path], ...]
     """Name and rows of each, in ingest order."""
+    progress: Progress
 
     def scan(self, names: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield columns of `id` and KEY_COLUMNS in pieces, each with the name of its batch.
@@ -60,10 +69,14 @@ class History:
         """
         import pyarrow.parquet as pq
 
+        done = 0
+        total = sum(pq.read_metadata(path).num_rows for _, path in self.batches)
         for id, path in self.batches:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(SCAN_ROWS, columns=list(names), use_threads=False):
                     yield id, batch.select(list(names))
+                    done += batch.num_rows
+                    self.progress("compare with earlier rows", done, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +159,12 @@ class Store:
         numbers = (m["sequence"] for kind in FOLDERS for m in self._manifests(kind).values())
         return max(numbers, default=0)
 
-    def history(self, kind: Kind, *, before: str) -> History:
+    def history(self, kind: Kind, *, before: str, progress: Progress = silent) -> History:
         """Return what came before batch `before`, or all there is when it is new."""
         position = self.position()
         ids = self.ids(kind)
         ids = ids[: ids.index(before)] if before in ids else ids
-        return History(position, tuple((id, self._path(kind, id) / ROWS) for id in ids))
+        return History(position, tuple((id, self._path(kind, id) / ROWS) for id in ids), progress)
 
     def add(self, entry: Entry, *, share: float, salt: str, position: int) -> bool:
         """Write a batch under the stream's lock; False when the stream moved on from `position`.

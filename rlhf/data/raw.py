@@ -112,7 +112,7 @@ def _are_plain(texts: Sequence[bytes], data: bytes) -> Mask:
     Between such lines a row ends, so as many rows as lines means one row a line.
     """
     found = [text[:1] == b"{" and text[-1:] == b"}" for text in texts]
-    if not _is_utf8(data):
+    if not (data.isascii() or _is_utf8(data)):
         found = [fits and _is_utf8(text) for fits, text in zip(found, texts, strict=True)]
     return np.array(found, bool)
 

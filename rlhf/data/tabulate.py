@@ -177,7 +177,8 @@ def _metas(raw: Raw) -> tuple[list[dict[str, Any]], Mask]:
     metas: list[dict[str, Any]] = []
     for index, (meta, extra) in enumerate(zip(raw.metas, raw.extras, strict=True)):
         try:
-            metas.append({**parse_meta(meta), **extra} if extra else parse_meta(meta))
+            found = meta if type(meta) is dict else parse_meta(meta)
+            metas.append({**found, **extra} if extra else found)
         except RowError:
             metas.append({})
             fits[index] = False

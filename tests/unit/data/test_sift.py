@@ -13,6 +13,7 @@ import pytest
 from rlhf.data.accept import Judged, Rules, staged_block
 from rlhf.data.files import Lines
 from rlhf.data.keys import Record, keys_of
+from rlhf.data.ledger import silent
 from rlhf.data.parse import Defaults
 from rlhf.data.records import Comparison, Kind, Prompt
 from rlhf.data.repeats import find_verdicts
@@ -55,7 +56,7 @@ class Sifted:
             staging.add(table, refused)
             staging.finish()
             judged = Judged(staging, kind, find_verdicts(staging, history, batch="new"))
-            tables = list(judged.accepted(lambda what, done, total: None))
+            tables = list(judged.accepted(silent))
             self.accepted = pa.concat_tables(tables).to_pylist()
             self.refused = list(judged.refused())
             self.excluded = list(judged.excluded())
