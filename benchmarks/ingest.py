@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,18 @@ class Writer:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         words = ["".join(self.random.choices(SYLLABLES, k=1 + i % 4)) for i in range(4000)]
-        weights = [1 / (rank + 2) for rank in range(len(words))]
-        self.sentences = [
-            " ".join(self.random.choices(words, weights, k=self.random.randint(5, 18))).capitalize()
+        weights = list(accumulate(1 / (rank + 2) for rank in range(len(words))))
+        sentences = [
+            " ".join(self.random.choices(words, cum_weights=weights, k=5 + i % 14)).capitalize()
             + self.random.choice(".....?!:\n")
-            for _ in range(50_000)
+            for i in range(50_000)
         ]
+        self.prose = " ".join(sentences)
 
     def text(self, chars: int) -> str:
-        """Return sentences of about so many characters together."""
-        parts: list[str] = []
-        while chars > 0:
-            parts.append(self.random.choice(self.sentences))
-            chars -= len(parts[-1])
-        return " ".join(parts)
+        """Return so many characters of prose, from anywhere."""
+        start = int(self.random.random() * (len(self.prose) - chars))
+        return self.prose[start : start + chars]
 
     def row(self, number: int, prefix: str) -> dict[str, Any]:
         """Return a sound row; every fifth has three turns."""
@@ -73,8 +72,8 @@ class Writer:
         return {
             "id": f"{prefix}-{number}",
             "prompt": prompt,
-            "chosen": self.text(int(40 + 340 * pick())) + tail,
-            "rejected": self.text(int(40 + 340 * pick())),
+            "chosen": self.text(int(40 + 360 * pick())) + tail,
+            "rejected": self.text(int(40 + 360 * pick())),
             "strength": STRENGTHS[number % 4],
             "axis": axis,
             "chosen_safe": True if axis == "safety" else None,
