@@ -160,7 +160,7 @@ def peak_megabytes() -> float:
 
 
 def measure(reader: str, path: Path, store: Path) -> dict[str, Any]:
-    """Read the file in this process: seconds, peak memory, and what ingest counted."""
+    """Read the file in this process: seconds, processor time, peak memory and counts."""
     counts: dict[str, int] = {}
     if reader == "pyarrow.json":
         import pyarrow.json as pj
@@ -189,7 +189,8 @@ def measure(reader: str, path: Path, store: Path) -> dict[str, Any]:
         )
         counts = report.counts
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "megabytes": peak_megabytes(), "counts": counts}
+    cpu = time.process_time()
+    return {"seconds": seconds, "cpu": cpu, "megabytes": peak_megabytes(), "counts": counts}
 
 
 def in_a_process(reader: str, path: Path, store: Path) -> dict[str, Any]:
@@ -223,15 +224,18 @@ def compare(path: Path, folder: Path, *, num_rows: int, rounds: int, history: in
             print(f"round {number} {reader}: {found['seconds']:.1f} s, {rate:,.0f} rows/s")
     size = path.stat().st_size / 1e6
     print(f"\n{path.name}: {num_rows:,} rows, {size:,.0f} MB, medians of {rounds} rounds")
-    medians = {
-        name: statistics.median(r["seconds"] for r in found) for name, found in results.items()
-    }
+    medians, work = (
+        {name: statistics.median(r[key] for r in found) for name, found in results.items()}
+        for key in ("seconds", "cpu")
+    )
     for reader, seconds in medians.items():
         peak = max(found["megabytes"] for found in results[reader])
         ratio = medians["ingest"] / seconds
         print(
             f"{reader:13} {seconds:7.1f} s {num_rows / seconds:10,.0f} rows/s "
-            f"{size / seconds:6.0f} MB/s  ingest takes {ratio:.1f}x its time  peak {peak:,.0f} MB"
+            f"{size / seconds:6.0f} MB/s  ingest takes {ratio:.1f}x its time, "
+            f"{work['ingest'] / work[reader]:.1f}x its processor time ({work[reader]:.0f} s)  "
+            f"peak {peak:,.0f} MB"
         )
     print(json.dumps({name: n for name, n in results["ingest"][-1]["counts"].items() if n}))
 

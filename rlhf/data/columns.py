@@ -196,6 +196,8 @@ def first_words(keys: pa.Array) -> npt.NDArray[np.uint64]:
     import pyarrow as pa
 
     data, _ = _buffer(keys)
+    if not len(keys):
+        return np.empty(0, np.uint64)
     table = data.reshape(len(keys), -1)
     if pa.types.is_string(keys.type):
         digits = table[:, :16] - np.where(table[:, :16] > 57, 87, 48).astype(np.uint8)

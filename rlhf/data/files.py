@@ -137,6 +137,9 @@ def read_object(line: bytes) -> dict[str, Any] | RowError:
         return RowError(reason, line[:200].decode(errors="replace"))
     except RecursionError:
         return RowError("not valid JSON (nested too deeply)", line[:200].decode(errors="replace"))
+    except ValueError:
+        # Python reads no integer of more than 4300 digits.
+        return RowError("not valid JSON (a number is too long)", line[:200].decode())
     if not isinstance(value, dict):
         return RowError(f"a {type(value).__name__} where a JSON object is needed", quote(value))
     return value
@@ -154,6 +157,8 @@ def plain_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | RowError:
         (row,) = batch.slice(index, 1).to_pylist()
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 ({error.reason} at byte {error.start})", quote(error.object))
+    except ValueError as error:
+        return RowError(f"a value that cannot be read ({_one_line(error)})", "")
     found: dict[str, Any] = json.loads(json.dumps(row, default=str))
     return found
 

@@ -100,7 +100,7 @@ def from_batch(batch: pa.RecordBatch, kind: Kind) -> Raw | None:
         }
         if others:
             extras = json.loads(json.dumps(batch.select(others).to_pylist(), default=str))
-    except (pa.ArrowInvalid, UnicodeDecodeError):
+    except (pa.ArrowInvalid, ValueError):
         return None
     metas = [row.pop("meta", None) for row in extras] if "meta" in names else [None] * len(extras)
     return Raw(pa.table(columns), np.arange(batch.num_rows), metas, extras)

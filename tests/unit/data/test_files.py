@@ -29,7 +29,7 @@ def test_lines_keep_their_numbers_over_blank_and_bad_lines(tmp_path: Path) -> No
         b"[1]\n"
         b'{"a": "\xff"}\n'
         b'{"a": "line\xe2\x80\xa8separator"}\n' + b"[" * 100_000 + b"\n"
-        b'{"a": 3}'
+        b'{"a": ' + b"7" * 5000 + b'}\n{"a": 3}'
     )
     assert read(path) == [
         (1, {"a": 1}),
@@ -38,7 +38,8 @@ def test_lines_keep_their_numbers_over_blank_and_bad_lines(tmp_path: Path) -> No
         (5, "not UTF-8 (invalid start byte at byte 7)"),
         (6, {"a": "line\u2028separator"}),
         (7, "not valid JSON (nested too deeply)"),
-        (8, {"a": 3}),
+        (8, "not valid JSON (a number is too long)"),
+        (9, {"a": 3}),
     ]
 
 
@@ -74,6 +75,18 @@ def test_parquet_is_read_by_its_content_with_plain_values(tmp_path: Path) -> Non
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert file_format(path) == "parquet"
     assert read(path) == [(1, rows[0]), (2, rows[0]), (3, rows[0])]
+
+
+def test_a_parquet_value_that_is_no_text_is_a_bad_row(tmp_path: Path) -> None:
+    broken = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, broken.buffers())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": texts}), path)
+    assert [row for _, row in read(path)] == [
+        {"a": "good"},
+        "not UTF-8 (invalid start byte at byte 0)",
+        {"a": "fine"},
+    ]
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.9, -5])
