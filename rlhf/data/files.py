@@ -21,9 +21,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_VALUE_CHARS = 80
 """Length of a value that is quoted in a message."""
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """Part of a text file that is held at a time; lines are never cut."""
-BLOCK_ROWS = 8_192
+BLOCK_ROWS = 4_096
 """The same for the rows of a Parquet file."""
 MAX_LINE_BYTES = 16 << 20
 """A longer line is no row, so that no file is read as a whole: it is refused by its beginning."""

@@ -35,6 +35,9 @@ FLAGS = ("chosen_safe", "rejected_safe", "tie", "is_safety", "heldout", "repeat_
 META = b'"meta"'
 COLON = re.compile(rb"[ \t\r]*:[ \t\r]*")
 ROW_NUMBER = re.compile(r" in row (\d+)$")
+ESCAPED_ASCII = re.compile(rb"\\u00(?:[2-6]|7[0-9a-eA-E])")
+ESCAPED = re.compile(rb"\\u")
+ANYTHING = re.compile(rb"")
 MAX_FAULTS = 256
 """Rows of a block that `pyarrow.json` may stumble over; what follows then goes row by row."""
 MAX_BRACKETS = 256
@@ -100,7 +103,7 @@ def from_batch(batch: pa.RecordBatch, kind: Kind) -> Raw | None:
         }
         if others:
             extras = json.loads(json.dumps(batch.select(others).to_pylist(), default=str))
-    except (pa.ArrowInvalid, ValueError):
+    except ValueError:  # of which pa.ArrowInvalid is one
         return None
     metas = [row.pop("meta", None) for row in extras] if "meta" in names else [None] * len(extras)
     return Raw(pa.table(columns), np.arange(batch.num_rows), metas, extras)
@@ -263,19 +266,18 @@ def _without_others(
     table: pa.Table, texts: Sequence[bytes], fits: Mask, schema: pa.Schema
 ) -> tuple[pa.Table | None, Mask]:
     """Leave out rows with fields that have no meaning: their values belong into `meta`."""
-    import pyarrow as pa
-
     others = set(table.schema.names) - set(schema.names) - {"id"}
-    for name in schema.names:
-        kind = table.schema.field(name).type
-        if kind != schema.field(name).type and pa.types.is_list(kind):
-            others |= {inner.name for inner in kind.value_type} - {"role", "content"}
     if not others:
         return table, fits
     literals = [json.dumps(name, ensure_ascii=False).encode() for name in others]
-    # A name may also be written with escapes.
-    literals += [b"\\u"] if all(b"\\" not in text for text in literals) else [b""]
-    has = [any(literal in text for literal in literals) for text in texts]
+    # A name may also be written with escapes: those of ASCII are rare, others are not.
+    escapes = ESCAPED_ASCII if "".join(others).isascii() else ESCAPED
+    if any(b"\\" in literal for literal in literals):
+        escapes = ANYTHING
+    has = [
+        any(literal in text for literal in literals) or escapes.search(text) is not None
+        for text in texts
+    ]
     fits = fits & ~np.array(has, bool)
     table = _parse_kept(texts, fits, schema)
     return table, fits if table is not None else np.zeros(len(texts), bool)

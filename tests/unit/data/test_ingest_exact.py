@@ -356,6 +356,42 @@ def test_both_ways_stage_the_same(seed: int) -> None:
     assert fast[1:] == slow[1:]
 
 
+PLAIN = b'{"prompt":"Q","chosen":"A","rejected":"B","axis":"safety","id":"x"'
+TRICKS: dict[str, list[bytes]] = {
+    "meta is true by itself": [PLAIN + b',"meta":true,"source":"meta"}'],
+    "escaped meta is true": [PLAIN + b',"m\\u0065ta":true}'],
+    "escaped meta beside meta": [PLAIN + b',"m\\u0065ta":true,"meta":{"a":1}}'],
+    "meta twice": [PLAIN + b',"meta":{"a":1},"meta":{"b":2}}'],
+    "meta inside a turn": [PLAIN + b',"annotator":null,"z":{"meta":{"a":1}}}'],
+    "meta in the middle": [PLAIN + b',"meta":{"tie":true},"source":"s"}'],
+    "meta over two lines": [PLAIN + b',"meta":{"a":[1}', PLAIN + b',"meta":2]}}'],
+    "two values as meta": [PLAIN + b',"meta":{"a":1},{"b":2}}', PLAIN + b',"meta":}'],
+    "meta in a text": [PLAIN + b',"source":"x\\"meta\\":{}"}', PLAIN + b',"x\\"meta":{"a":1}}'],
+    "more in a turn": [
+        PLAIN[:-7].replace(b'"Q"', b'[{"role":"user","content":"Q","e":[1]}]') + b"}"
+    ],
+    "other fields of two types": [PLAIN + b',"z":1}', PLAIN + b',"z":"1"}', PLAIN + b',"z":null}'],
+    "escaped other field": [PLAIN + b',"\\u007a":null}', PLAIN + b',"z":1}'],
+    "two rows on a line, one on two": [PLAIN + b"}" + PLAIN + b"}", PLAIN, b'"source":"s"}'],
+    "id of every type": [
+        PLAIN[:-1].replace(b'"id":"x', b'"id":' + i) + b"}" for i in (b"1", b"1.0")
+    ],
+    "all ids are large": [PLAIN.replace(b'"id":"x"', b'"id":' + b"9" * 25) + b"}"],
+}
+
+
+@pytest.mark.parametrize("name", TRICKS)
+@pytest.mark.parametrize("around", [b"", b',"meta":{"n":1}'])
+def test_rows_that_try_to_pass_for_others(name: str, around: bytes) -> None:
+    lines = [PLAIN[:-2] + b'%d"' % i + around + b"}" for i in range(4)]
+    lines[2:2] = TRICKS[name]
+    block = Lines(1, b"\n".join(lines), 0)
+    defaults = Defaults(source="w", axis=None, is_safety=False)
+    fast, slow = (tabulate(block, Kind.batch, defaults, by_row=by_row) for by_row in (False, True))
+    assert fast.table.equals(slow.table)
+    assert (fast.refused, fast.extra_fields) == (slow.refused, slow.extra_fields)
+
+
 def test_sound_rows_take_the_columnar_way() -> None:
     """The bound on time: rows in our own fields are never parsed one by one."""
     rng = random.Random(0)
@@ -364,9 +400,11 @@ def test_sound_rows_take_the_columnar_way() -> None:
         del row["meta"]
     odd = [row | {"strength": "odd"} for row in sound[:3]]
     texts = [json.dumps(row).encode() for row in [*sound, {"chosen": 5}, *odd]]
+    texts.insert(20, texts[20] + b" x}")
+    texts.insert(40, texts[0][:-1] + b',"other":1}')
     found = raw.from_lines(texts, b"\n".join(texts), Kind.batch)
     assert found is not None
-    assert len(found.rows) >= 102
+    assert len(found.rows) >= 100
 
 
 def test_every_character_folds_as_one_by_one() -> None:
