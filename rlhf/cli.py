@@ -35,6 +35,8 @@ class Command:
     summary: str
     positionals: tuple[str, ...] = ()
     repeated: bool = False
+    unless: str = ""
+    """A setting that takes the place of the positionals."""
     extra: dict[str, str] = field(default_factory=dict)
     needs_run: bool = True
 
@@ -56,7 +58,13 @@ COMMANDS = {
     "stage": Command("run one node of a run's frozen plan", ("NODE",)),
     "plan": Command("print nodes, inputs and state"),
     "status": Command("print where each node stands", extra={"verify": "false"}),
-    "ingest": Command("validate files and add them to the store", ("FILE",), True, needs_run=False),
+    "ingest": Command(
+        "validate files and add them to the store; ingest.retract=IDS withdraws rows",
+        ("FILE",),
+        repeated=True,
+        unless="ingest.retract",
+        needs_run=False,
+    ),
     "report": Command("print tables and write report.json"),
     "promote": Command("overrule a decision", ("VERSION",), extra={"reason": ""}),
     "export": Command("copy a version with a card of its origin", ("VERSION", "DIR")),
@@ -146,7 +154,8 @@ def parse(arguments: Sequence[str]) -> Call:
             raise ConfigError(f"{text} is not key=value: write rlhf {name} {_usage(command)}")
         is_value = text in ("--cfg", "-c", "--package", "-p", "--info", "-i")
     wants_help = any(text in ("--help", "-h", "--hydra-help", "--cfg", "-c") for text in overrides)
-    if len(positionals) < room and not wants_help:
+    is_replaced = any(text.partition("=")[0] == command.unless for text in overrides)
+    if len(positionals) < room and not wants_help and not is_replaced:
         missing = " ".join(command.positionals[len(positionals) :])
         raise ConfigError(f"{missing} is missing: write rlhf {name} {_usage(command)}")
     return Call(name, tuple(positionals), extra, tuple(overrides))

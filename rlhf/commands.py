@@ -14,9 +14,11 @@ from rich.table import Column, Table
 from rlhf import runner
 from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
+from rlhf.data.corrections import withdraw
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
+from rlhf.data.similar import RepeatRules
 from rlhf.errors import STOPPED_EXIT, ConfigError
 from rlhf.fingerprint import (
     PLAN_GROUPS,
@@ -36,6 +38,7 @@ from rlhf.plan import Plan, waiting_batches
 from rlhf.processes import STOP
 from rlhf.progress import duration, show_work
 from rlhf.state import log_tail, node_state
+from rlhf.usage import show_usage, show_withdrawal
 from rlhf.versions import current_version, list_versions, overrule, write_versions
 from rlhf.worker import process_environment
 
@@ -156,7 +159,8 @@ def plan(config: Config) -> int:
     out = console()
     out.print(table)
     for item in drafted.rounds:
-        out.print(f"round {item.round}: {item.stage}, batches {', '.join(item.batches)}")
+        rows = f", corrections and withdrawals up to {item.as_of}" if item.as_of else ""
+        out.print(f"round {item.round}: {item.stage}, batches {', '.join(item.batches)}{rows}")
     left = waiting_batches(drafted, listing)
     if left:
         out.print(f"batches without a round yet: {', '.join(left)}")
@@ -220,14 +224,26 @@ def ingest(config: Config, *files: str) -> int:
             known = ", ".join(Kind.__members__)
             raise ConfigError(f"ingest.kind={settings.kind} is unknown: choose one of {known}")
         kind = Kind[settings.kind]
-    if settings.id is not None and len(files) > 1:
-        raise ConfigError(f"ingest.id={settings.id} names {len(files)} files: give one file")
+    for key in ("id", "supersedes"):
+        value = getattr(settings, key)
+        if value is not None and len(files) > 1:
+            raise ConfigError(f"ingest.{key}={value} names {len(files)} files: give one file")
+    store = Store(Path(config.paths.store), settings.stream)
+    if settings.retract is not None:
+        if files or settings.supersedes is not None:
+            raise ConfigError(
+                f"ingest.retract={settings.retract} withdraws rows and adds none: leave out the "
+                "files and ingest.supersedes, and ingest them by another call"
+            )
+        stone = withdraw(store, Path(settings.retract), reason=settings.reason, kind=kind)
+        show_withdrawal(config, store, stone, console())
+        return 0
     out = console()
     for file in files:
         with show_work(out) as progress:
             ingested = ingest_file(
                 Path(file),
-                Store(Path(config.paths.store), settings.stream),
+                store,
                 kind=kind,
                 id=settings.id,
                 on_bad_row=settings.on_bad_row,
@@ -236,9 +252,15 @@ def ingest(config: Config, *files: str) -> int:
                 heldout_salt=config.data.heldout_salt,
                 max_chars=settings.max_chars,
                 is_safety_default=config.data.is_safety_default,
+                repeats=RepeatRules.of(settings),
+                supersedes=settings.supersedes,
+                reason=settings.reason,
                 progress=progress,
             )
         out.print(ingested.message, markup=False)
+        if settings.supersedes is not None and ingested.added:
+            stone = next(s for s in store.tombstones() if s.by == ingested.id)
+            show_usage(config, store, stone, out)
     return 0
 
 

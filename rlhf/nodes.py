@@ -76,6 +76,8 @@ class Inputs:
 
     models: Mapping[str, ModelInput]
     data: tuple[DataInput, ...]
+    as_of: int = 0
+    """Number of the stream as of which the rows are read: later corrections do not count."""
 
     def digests(self) -> dict[str, str]:
         """Return role or kind/id to digest, as recorded in the manifest."""

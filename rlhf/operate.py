@@ -72,7 +72,7 @@ def export_version(
 
 
 def _card(config: Config, plan: Plan, run_dir: Path, version: Version) -> str:
-    nodes = _ancestors(plan, version.node) if version.node else []
+    nodes = plan.upstream(version.node) if version.node else []
     lineage, data = [], {}
     for node in nodes:
         inputs = read_json(run_dir / node.name / INPUTS)
@@ -97,14 +97,6 @@ def _card(config: Config, plan: Plan, run_dir: Path, version: Version) -> str:
         decision="\n".join(reasons) or "none",
         scores=json.dumps(read_json(evaluation), indent=2) if evaluation.exists() else "{}",
     )
-
-
-def _ancestors(plan: Plan, name: str) -> list[Node]:
-    wanted = {name}
-    for node in reversed(plan.nodes):
-        if node.name in wanted:
-            wanted |= set(node.after)
-    return [node for node in plan.nodes if node.name in wanted]
 
 
 def clean_run(config: Config, plan: Plan, run_dir: Path) -> list[tuple[str, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import (
@@ -22,23 +22,29 @@ from rlhf.config import (
     RoundStage,
 )
 from rlhf.data.records import AXES
+from rlhf.data.tombstones import newest
 from rlhf.errors import ConfigError
 from rlhf.nodes import Node
 
 Listing = Mapping[str, Mapping[str, str]]
-"""Kind to (id to digest of the accepted rows), ids in ingest order."""
+"""Kind to (id to digest of the accepted rows), ids in ingest order; and the stream's corrections
+and withdrawals, see rlhf/data/tombstones.py."""
 
 SYMBOL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """How one round improves the policy, and the new batches it uses."""
+    """How one round improves the policy, and the new batches it uses.
+
+    `as_of` is the newest correction or withdrawal that it takes into account; 0 is none.
+    """
 
     round: int
     stage: str
     batches: tuple[str, ...]
     sampling_jobs: int = 1
+    as_of: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,12 @@ class Plan:
     recipe: str
     rounds: tuple[Round, ...]
     nodes: tuple[Node, ...]
+    as_of: int = 0
+    """As a round's, for the nodes before the first round."""
+
+    def rows_as_of(self, round_: int) -> int:
+        """Return the number of the stream as of which a round's nodes read their rows."""
+        return self.rounds[round_ - 1].as_of if round_ > 0 else self.as_of
 
     def node(self, name: str) -> Node:
         """Return a node; raises ConfigError naming the nodes there are."""
@@ -76,6 +88,14 @@ class Plan:
                 reached.add(node.name)
         return [node for node in self.nodes if node.name in reached and node.name != name]
 
+    def upstream(self, name: str) -> list[Node]:
+        """Return every node that a node depends on, itself included, in plan order."""
+        wanted = {name}
+        for node in reversed(self.nodes):
+            if node.name in wanted:
+                wanted |= set(node.after)
+        return [node for node in self.nodes if node.name in wanted]
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as it is written to plan.json."""
         rounds = [
@@ -84,23 +104,29 @@ class Plan:
                 "stage": item.stage,
                 "batches": list(item.batches),
                 "sampling_jobs": item.sampling_jobs,
+                "as_of": item.as_of,
             }
             for item in self.rounds
         ]
         nodes = [node.to_json() for node in self.nodes]
-        return {"run": self.run, "recipe": self.recipe, "rounds": rounds, "nodes": nodes}
+        head = {"run": self.run, "recipe": self.recipe, "as_of": self.as_of}
+        return {**head, "rounds": rounds, "nodes": nodes}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Plan:
         """Read a plan from plan.json."""
         rounds = tuple(
             Round(
-                item["round"], item["stage"], tuple(item["batches"]), item.get("sampling_jobs", 1)
+                item["round"],
+                item["stage"],
+                tuple(item["batches"]),
+                item.get("sampling_jobs", 1),
+                item.get("as_of", 0),
             )
             for item in tree["rounds"]
         )
         nodes = tuple(Node.from_json(row) for row in tree["nodes"])
-        return cls(tree["run"], tree["recipe"], rounds, nodes)
+        return cls(tree["run"], tree["recipe"], rounds, nodes, tree.get("as_of", 0))
 
 
 def parse_symbol(symbol: str) -> tuple[str, str]:
@@ -110,9 +136,13 @@ def parse_symbol(symbol: str) -> tuple[str, str]:
     return match.group(1), match.group(2) or ""
 
 
-def build_plan(config: Config, listing: Listing, previous: Plan | None) -> Plan:
+def build_plan(
+    config: Config, listing: Listing, previous: Plan | None, *, started: int = -1
+) -> Plan:
     """Plan a run, or extend its previous plan by the rounds that new batches or limits allow.
 
+    `started` is the newest round of which a node has started, 0 for the nodes before the first, -1
+    for none: up to there corrections and withdrawals stay as they were, later rounds take in all.
     Raises ConfigError when the previous plan belongs to another recipe.
     """
     if previous is not None and previous.recipe != config.recipe:
@@ -120,8 +150,13 @@ def build_plan(config: Config, listing: Listing, previous: Plan | None) -> Plan:
             f"recipe={config.recipe} cannot be used for run={config.run}, which started as "
             f"recipe={previous.recipe}: choose another run=NAME"
         )
-    rounds = _extend_rounds(config, listing, previous.rounds if previous else ())
-    return Plan(config.run, config.recipe, rounds, _Wiring(config, rounds).nodes())
+    known = newest(listing)
+    rounds = tuple(
+        item if item.round <= started else replace(item, as_of=known)
+        for item in _extend_rounds(config, listing, previous.rounds if previous else ())
+    )
+    as_of = previous.as_of if previous is not None and started >= 0 else known
+    return Plan(config.run, config.recipe, rounds, _Wiring(config, rounds).nodes(), as_of)
 
 
 def check_sets(config: Config, listing: Listing) -> None:

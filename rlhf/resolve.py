@@ -16,11 +16,13 @@ A node resolves once, when it starts; inputs.json keeps the answer, and a resume
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import NodeDir, digest_json, read_json, sha256_file, write_json
 from rlhf.config import Config
+from rlhf.data.tombstones import digest_as_of
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.nodes import DataInput, Inputs, ModelInput, Node
 from rlhf.plan import Listing, Plan, parse_symbol
@@ -44,21 +46,25 @@ class Resolver:
         """Look up everything a node reads; raises ArtifactError when a parent is not done."""
         models: dict[str, ModelInput] = {}
         data: list[DataInput] = []
+        as_of = self.plan.rows_as_of(node.round)
         for role, symbol in node.inputs.items():
             name, argument = parse_symbol(symbol)
             if name == "batches":
-                data += self._batches(int(argument))
+                data += self._batches(int(argument), as_of)
             elif name == "set":
-                ids = self.listing[argument]
-                data += [DataInput(argument, key, digest) for key, digest in ids.items()]
+                data += [
+                    DataInput(argument, key, self._digest(argument, key, as_of))
+                    for key in self.listing[argument]
+                ]
             else:
                 models[role] = self.model(symbol)
-        return Inputs(models, tuple(data))
+        return Inputs(models, tuple(data), as_of)
 
     def refresh(self, node: Node, recorded: Inputs) -> Inputs:
         """Look up the same inputs again: models anew, batches and sets as they were recorded.
 
-        A set that was ingested after the node started is not part of it.
+        A set that was ingested after the node started is not part of it, and neither is a later
+        correction or withdrawal.
         """
         models = {
             role: self.model(symbol)
@@ -66,10 +72,10 @@ class Resolver:
             if parse_symbol(symbol)[0] not in ("batches", "set")
         }
         data = tuple(
-            DataInput(item.kind, item.id, self._digest(item.kind, item.id), item.round)
+            replace(item, digest=self._digest(item.kind, item.id, recorded.as_of))
             for item in recorded.data
         )
-        return Inputs(models, data)
+        return Inputs(models, data, recorded.as_of)
 
     def model(self, symbol: str) -> ModelInput:
         """Look up one model; raises ArtifactError when the node that makes it is not done."""
@@ -93,22 +99,21 @@ class Resolver:
         digest = folder.manifest()["digest"]
         return ModelInput(str(folder.path if whole else folder.model), label, digest)
 
-    def _batches(self, round_: int) -> list[DataInput]:
+    def _batches(self, round_: int, as_of: int) -> list[DataInput]:
         return [
-            DataInput("batch", key, self._digest("batch", key), item.round)
+            DataInput("batch", key, self._digest("batch", key, as_of), item.round)
             for item in self.plan.rounds
             if item.round <= round_
             for key in item.batches
         ]
 
-    def _digest(self, kind: str, key: str) -> str:
-        digest = self.listing[kind].get(key)
-        if digest is None:
+    def _digest(self, kind: str, key: str, as_of: int) -> str:
+        if key not in self.listing[kind]:
             raise ArtifactError(
                 f"{kind} {key} is gone from data.stream={self.config.data.stream} in "
                 f"paths.store={self.config.paths.store}: ingest its file again"
             )
-        return digest
+        return digest_as_of(self.listing, kind, key, as_of)
 
     def _external(self, path: str, name: str) -> ModelInput:
         if path == TOY:
@@ -182,10 +187,12 @@ def inputs_to_json(inputs: Inputs) -> dict[str, Any]:
             {"kind": item.kind, "id": item.id, "digest": item.digest, "round": item.round}
             for item in inputs.data
         ],
+        "as_of": inputs.as_of,
     }
 
 
 def inputs_from_json(tree: dict[str, Any]) -> Inputs:
     """Read inputs.json."""
     models = {role: ModelInput(**row) for role, row in tree["models"].items()}
-    return Inputs(models, tuple(DataInput(**row) for row in tree["data"]))
+    data = tuple(DataInput(**row) for row in tree["data"])
+    return Inputs(models, data, tree.get("as_of", 0))

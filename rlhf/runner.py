@@ -66,8 +66,11 @@ def read_plan(folder: Path) -> Plan | None:
 
 def draft(config: Config) -> tuple[Plan, Listing]:
     """Plan a run as `rlhf run` would, without writing anything."""
-    listing = list_store(config)
-    return build_plan(config, listing, read_plan(run_dir(config))), listing
+    listing, folder = list_store(config), run_dir(config)
+    previous = read_plan(folder)
+    nodes = previous.nodes if previous is not None else ()
+    started = max((n.round for n in nodes if is_started(folder / n.name)), default=-1)
+    return build_plan(config, listing, previous, started=started), listing
 
 
 def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES) -> Prepared:
@@ -83,7 +86,8 @@ def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STA
         for name in fill_from_toy_world(config):
             console.print(f"[dim]ingested {name} into stream {config.data.stream}[/dim]")
     plan, listing = draft(config)
-    _check_started(config, plan, listing, folder, console, stages=stages)
+    if _check_started(config, plan, listing, folder, console, stages=stages):
+        plan, listing = draft(config)
     _freeze(config, plan, folder)
     todo = tuple(node for node in within_limit(config, plan) if not _is_done(folder, node))
     for node in within_limit(config, plan):
@@ -230,8 +234,12 @@ def _check_started(
     console: Console,
     *,
     stages: Mapping[str, str],
-) -> None:
-    """Refuse a configuration that differs from the one of a started node, or drop those nodes."""
+) -> bool:
+    """Refuse a configuration that differs from the one of a started node, or drop those nodes.
+
+    Tells whether nodes were dropped.
+    """
+    dropped = False
     resolver = Resolver(config, plan, folder, listing)
     for node in plan.nodes:
         if not is_started(folder / node.name):
@@ -246,10 +254,12 @@ def _check_started(
                 f"node {node.name} {state} with other values: {'; '.join(changed)}. Choose run=NEW "
                 f"for a new lineage, or on_change=rerun to delete {len(affected)} nodes from it on"
             )
+        dropped = True
         for old in reversed(affected):
             _drop(config, old, folder, console)
         undone = [old.round for old in affected if old.stage == "evaluate"]
         forget_overrules(folder, from_round=min(undone, default=len(plan.rounds) + 1))
+    return dropped
 
 
 def _drop(config: Config, node: Node, folder: Path, console: Console) -> None:

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 from rlhf.artifacts import write_jsonl
 from rlhf.config import Config, OnBadRow
+from rlhf.data.corrections import list_tombstones
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import FOLDERS, Store
 from rlhf.data.records import Kind
+from rlhf.data.tombstones import LISTED
 from rlhf.plan import Listing
 from rlhf.toy import World
 
@@ -34,7 +36,10 @@ def open_store(config: Config) -> Store:
 def list_store(config: Config) -> Listing:
     """List the ids and digests of every kind in a run's stream, in ingest order."""
     store = open_store(config)
-    return {kind.name: {key: store.digest(kind, key) for key in store.ids(kind)} for kind in Kind}
+    listing = {
+        kind.name: {key: store.digest(kind, key) for key in store.ids(kind)} for kind in Kind
+    }
+    return {**listing, LISTED: list_tombstones(store)}
 
 
 def check_split(config: Config) -> None:

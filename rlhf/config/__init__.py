@@ -8,6 +8,7 @@ silent.
 
 from rlhf.config.base import (
     Annotators,
+    Contradictions,
     CriticInit,
     Data,
     Engine,
@@ -16,6 +17,7 @@ from rlhf.config.base import (
     Lora,
     Margin,
     Model,
+    NearDuplicates,
     OnBadRow,
     OnChange,
     Optimizer,
@@ -68,6 +70,7 @@ __all__ = [
     "Collect",
     "Compute",
     "Config",
+    "Contradictions",
     "CriticInit",
     "Data",
     "Distributed",
@@ -85,6 +88,7 @@ __all__ = [
     "Lora",
     "Margin",
     "Model",
+    "NearDuplicates",
     "OnBadRow",
     "OnChange",
     "Optimizer",

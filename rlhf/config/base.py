@@ -124,6 +124,24 @@ class OnBadRow(Enum):
     quarantine = auto()
 
 
+class Contradictions(Enum):
+    """What ingest does with a comparison whose verdict an earlier one contradicts.
+
+    lower accepts it as negligibly_better, the strength with the smallest margin.
+    """
+
+    drop = auto()
+    keep = auto()
+    lower = auto()
+
+
+class NearDuplicates(Enum):
+    """What ingest does with a row that repeats an earlier one almost literally."""
+
+    drop = auto()
+    keep = auto()
+
+
 class Engine(Enum):
     """What samples responses: transformers, vLLM beside the node, or a vLLM server."""
 

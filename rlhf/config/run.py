@@ -9,9 +9,11 @@ from omegaconf import MISSING
 
 from rlhf.config.base import (
     Annotators,
+    Contradictions,
     Data,
     Engine,
     Model,
+    NearDuplicates,
     OnBadRow,
     OnChange,
     Paths,
@@ -167,6 +169,29 @@ class Ingest:
     """Axis of rows that do not name one."""
     max_chars: int = execution(40000)
     """Longer rows are excluded and counted as over_long, never cut: prompt and longer response."""
+    contradictions: Contradictions = execution(Contradictions.drop)
+    """What becomes of a comparison that an earlier one contradicts: drop, keep, or lower to
+    negligibly_better."""
+    near_duplicates: NearDuplicates = execution(NearDuplicates.drop)
+    """What becomes of a row that repeats an earlier one almost literally: drop or keep."""
+    near_threshold: float | None = execution(0.9)
+    """Jaccard similarity of prompt and both responses from which on comparisons are near
+    duplicates; null compares only texts without case, blanks and punctuation."""
+    supersedes: str | None = execution(None)
+    """Batch or set that the file corrects: its rows replace those with their ids."""
+    retract: str | None = execution(None)
+    """File of row ids, one a line, that are withdrawn from the stream."""
+    reason: str = execution("")
+    """Why rows are corrected or withdrawn; it is recorded."""
+
+    def __post_init__(self) -> None:
+        if self.near_threshold is not None:
+            require(
+                0.5 <= self.near_threshold <= 1,
+                "ingest.near_threshold",
+                self.near_threshold,
+                "give a similarity from 0.5 to 1, or null for none",
+            )
 
 
 @dataclass

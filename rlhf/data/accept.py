@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf.artifacts import write_jsonl
 from rlhf.data.columns import Mask, hex_texts, is_comparison, key_columns
 from rlhf.data.files import Block
 from rlhf.data.ledger import KEY_COLUMNS, Progress, row_schema
 from rlhf.data.parse import Defaults
-from rlhf.data.records import Kind
+from rlhf.data.records import STRENGTHS, Kind
 from rlhf.data.repeats import REFUSED, Verdicts, id_words
 from rlhf.data.sift import COMPARISON_ONLY, POLICIES, row_policies
+from rlhf.data.similar import SKETCH, write_sketches
 from rlhf.data.staging import Staging
 from rlhf.data.tabulate import refused_row, tabulate
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+NEAR_DUPLICATES = "near_duplicates.jsonl"
+CONTRADICTIONS = "contradictions.jsonl"
+"""Rows that repeat or contradict another, with the ids of both and what became of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,9 @@ class Judged:
         self._verdicts = verdicts.table
         self._rows = verdicts.table["row"].to_numpy()
         self._repeats_prompt = verdicts.repeats_prompt
+        self._notes = verdicts.notes
+        self._lowered = np.zeros(staging.num_rows, bool)
+        self._lowered[[note.row for note in self._notes if note.fate == "lower"]] = True
         self._collides = np.zeros(staging.num_rows, bool)
         is_refused = np.array(verdicts.table["policy"].to_pylist(), object) == REFUSED
         self._collides[self._rows[is_refused]] = True
@@ -142,8 +154,35 @@ class Judged:
             if "repeat_prompt" in schema.names:
                 repeats = self._repeats_prompt[start : start + batch.num_rows][keep]
                 columns["repeat_prompt"] = pa.array(repeats)
+                lowered = self._lowered[start : start + batch.num_rows][keep]
+                columns |= lower_strengths(columns["strength"], columns["meta"], lowered)
             yield pa.table(columns, schema=schema)
             progress("write", start + batch.num_rows, self._staging.num_rows)
+
+    def write_notes(self, folder: Path) -> None:
+        """Write what repeats or contradicts another row, whether it is accepted or not."""
+        rows = np.array([note.row for note in self._notes], np.int64)
+        mine = self._staging.take(["line", "id"], rows).to_pylist() if rows.size else []
+        found = [
+            (note.swapped, {**own, **note.to_json()})
+            for note, own in zip(self._notes, mine, strict=True)
+        ]
+        write_jsonl(folder / NEAR_DUPLICATES, [row for swapped, row in found if not swapped])
+        if is_comparison(self._kind):
+            write_jsonl(folder / CONTRADICTIONS, [row for swapped, row in found if swapped])
+
+    def write_sketches(self, folder: Path) -> None:
+        """Write the sketches of the accepted rows, if the rows have any."""
+        import pyarrow as pa
+
+        if not self._staging.has(SKETCH):
+            return
+        pieces = self._staging.scan([SKETCH, "policy"])
+        tables = (
+            pa.Table.from_batches([batch.select([SKETCH])]).filter(self._are_accepted(start, batch))
+            for start, batch in pieces
+        )
+        write_sketches(folder, tables)
 
     def _colliding(self) -> Iterator[dict[str, Any]]:
         for start, batch in self._staging.scan(["line", "id"]):
@@ -170,7 +209,8 @@ class Judged:
         for start, batch in self._staging.scan(names):
             keep = self._are_accepted(start, batch)
             end = start + batch.num_rows
-            tally.add(batch.filter(keep), self._repeats_prompt[start:end][keep])
+            lowered = self._lowered[start:end][keep]
+            tally.add(batch.filter(keep), self._repeats_prompt[start:end][keep], lowered)
             alone = batch.column("policy").filter(~self._collides[start:end])
             policies.update(alone.drop_null().to_pylist())
         self.digest = tally.digest.hexdigest()
@@ -184,7 +224,29 @@ class Judged:
         counts |= {
             name: policies[name] for name in POLICIES if comparisons or name not in COMPARISON_ONLY
         }
-        return counts | tally.flags
+        fates = {(False, "keep"): "near_duplicates_kept", (True, "keep"): "contradictions_kept"}
+        fates |= {(True, "lower"): "contradictions_lowered"}
+        stayed = [fates[note.swapped, note.fate] for note in self._notes if note.fate != "drop"]
+        return counts | tally.flags | Counter(stayed)
+
+
+def lower_strengths(strengths: pa.Array, metas: pa.Array, mask: Mask) -> dict[str, pa.Array]:
+    """Return strength and meta with the marked comparisons lowered to negligibly_better.
+
+    `meta.strength_before` keeps what the file said; ungraded comparisons have nothing to lower.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    mask = mask & pc.is_valid(strengths).to_numpy(zero_copy_only=False)
+    if not mask.any():
+        return {"strength": strengths, "meta": metas}
+    told = zip(strengths.filter(mask).to_pylist(), metas.filter(mask).to_pylist(), strict=True)
+    kept = [json.dumps({**json.loads(meta), "strength_before": before}) for before, meta in told]
+    return {
+        "strength": pc.if_else(mask, STRENGTHS[-1], strengths),
+        "meta": pc.replace_with_mask(metas, mask, pa.array(kept, pa.string())),
+    }
 
 
 class _Tally:
@@ -200,8 +262,9 @@ class _Tally:
         if comparisons:
             self._values |= {"axis": Counter(), "strength": Counter()}
 
-    def add(self, batch: pa.RecordBatch, repeats: Mask) -> None:
+    def add(self, batch: pa.RecordBatch, repeats: Mask, lowered: Mask) -> None:
         """Take the accepted rows of a piece; the digest is over contents and sources in order."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         if not batch.num_rows:
@@ -209,6 +272,12 @@ class _Tally:
         self.num_rows += batch.num_rows
         contents = hex_texts(batch.column("key_content"))
         lines = pc.binary_join_element_wise(contents, batch.column("source"), " ")
+        if lowered.any():
+            lines = pc.binary_join_element_wise(lines, pc.if_else(lowered, " lowered", ""), "")
+            empty = pa.array(["{}"] * batch.num_rows)
+            graded = lower_strengths(batch.column("strength"), empty, lowered)
+            place = batch.schema.get_field_index("strength")
+            batch = batch.set_column(place, "strength", graded["strength"])
         self.digest.update("\n".join([*lines.to_pylist(), ""]).encode())
         self.flags["heldout"] += batch.column("heldout").true_count
         for name, counter in self._values.items():

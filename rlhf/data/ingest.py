@@ -16,19 +16,31 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf.artifacts import sha256_file
-from rlhf.config import OnBadRow
+from rlhf.config import Ingest, OnBadRow
 from rlhf.data.accept import Judged, Rules, staged_block
-from rlhf.data.files import RowError, file_format, read_blocks, read_objects
+from rlhf.data.columns import is_comparison
+from rlhf.data.corrections import (
+    Correction,
+    check_ids,
+    correction_stone,
+    open_correction,
+    replaced_rows,
+)
+from rlhf.data.files import Block, RowError, file_format, read_blocks, read_objects
 from rlhf.data.ledger import Entry, Progress, Store, silent
 from rlhf.data.parse import Defaults, infer_kind
 from rlhf.data.records import AXES, Kind
-from rlhf.data.repeats import find_verdicts
+from rlhf.data.repeats import add_similar, find_verdicts
 from rlhf.data.sift import POLICIES
+from rlhf.data.similar import RepeatRules, with_sketches
 from rlhf.data.staging import Staging
 from rlhf.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +81,18 @@ class IngestReport:
 
 @dataclass(slots=True)
 class _Parsed:
-    kind: Kind
     file: dict[str, str]
     extra_fields: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the rows go: the name of the batch or set, and what it corrects, if anything."""
+
+    store: Store
+    kind: Kind
+    id: str
+    correction: Correction | None
 
 
 def ingest_file(
@@ -86,50 +107,98 @@ def ingest_file(
     heldout_salt: str,
     max_chars: int = 40_000,
     is_safety_default: bool = False,
+    repeats: RepeatRules | None = None,
+    supersedes: str | None = None,
+    reason: str = "",
     progress: Progress = silent,
 ) -> IngestReport:
     """Validate a file and add it to the store as one immutable batch or set.
 
     `kind` None infers it from the fields (never `open`); `id` None takes the file's name. Adding
-    the same rows again changes nothing and says so. Raises DataError, with nothing written, for a
-    damaged file, for bad rows under `refuse`, for other rows under an old id, and for a split that
-    differs from the stream's.
+    the same rows again changes nothing and says so. With `supersedes` the file corrects a batch or
+    set: its rows replace those with their ids, and no round is made of it. Raises DataError, with
+    nothing written, for a damaged file, for bad rows under `refuse`, for other rows under an old
+    id, and for a split that differs from the stream's.
     """
-    id = SUFFIXES.sub("", path.name) if id is None else id
+    given, id = id, SUFFIXES.sub("", path.name) if id is None else id
     _check_names(path, id=id, stream=store.stream, axis=axis)
     store.check_split(share=heldout_share, salt=heldout_salt)
-    defaults = Defaults(source=id, axis=axis, is_safety=is_safety_default)
+    kind = kind or _kind_of(path)
+    correction: Correction | None = None
+    if supersedes is not None:
+        correction = open_correction(
+            store, kind, of=supersedes, reason=reason, path=path, id=given, default=id
+        )
+    target = _Target(store, kind, correction.id if correction else id, correction)
+    source = correction.of if correction else id
+    defaults = Defaults(source, axis, is_safety_default, name=target.id)
     rules = Rules(heldout_share, heldout_salt, max_chars)
+    repeats = RepeatRules.of(Ingest()) if repeats is None else repeats
     settings = {
         "on_bad_row": on_bad_row.name,
         "axis": axis,
         "max_chars": max_chars,
         "is_safety_default": is_safety_default,
+        **repeats.to_json(),
     }
+    split = {"share": heldout_share, "salt": heldout_salt}
     with Staging(store.folder) as staging:
-        kind = kind or _kind_of(path)
-        parsed = _parse(path, staging, kind, defaults, rules, progress)
+        is_sketched = is_comparison(kind) and repeats.threshold is not None
+        parsed = _parse(path, staging, kind, defaults, rules, is_sketched, progress)
+        if correction is not None:
+            check_ids(path, staging, defaults)
         while True:
-            history = store.history(parsed.kind, before=id, progress=progress)
-            judged = Judged(staging, kind, find_verdicts(staging, history, batch=id))
-            if judged.num_refused and on_bad_row is OnBadRow.refuse:
-                raise DataError(_refusal(path, judged))
-            manifest = _manifest(id, store, parsed, judged, settings)
-            if _is_known(path, id, store, parsed.kind, judged, manifest):
-                return _report(store, parsed.kind, id, manifest, judged, added=False)
-            entry = Entry(
-                kind=parsed.kind,
-                id=id,
-                rows=judged.accepted(progress),
-                refused=judged.refused(),
-                excluded=judged.excluded(),
-                manifest=manifest,
-            )
-            position = history.position
-            if store.add(entry, share=heldout_share, salt=heldout_salt, position=position):
-                report = _report(store, parsed.kind, id, manifest, judged, added=True)
+            report = _add(path, target, staging, parsed, settings, repeats, split, progress)
+            if report is not None:
                 log.info("%s", report.message)
                 return report
+
+
+def _add(
+    path: Path,
+    target: _Target,
+    staging: Staging,
+    parsed: _Parsed,
+    settings: dict[str, Any],
+    repeats: RepeatRules,
+    split: dict[str, Any],
+    progress: Progress,
+) -> IngestReport | None:
+    """Judge the rows against the stream as it is, and add; None when it moved on meanwhile."""
+    store, kind, id, correction = target.store, target.kind, target.id, target.correction
+    history = store.history(kind, before=id, progress=progress)
+    replaced: dict[str, set[str]] = {}
+    if correction is not None:
+        replaced = replaced_rows(store, kind, correction, staging, history)
+        history = history.without(replaced)
+    verdicts = find_verdicts(staging, history, batch=id, rules=repeats)
+    if is_comparison(kind):
+        verdicts = add_similar(verdicts, staging, history, batch=id, rules=repeats)
+    judged = Judged(staging, kind, verdicts)
+    if judged.num_refused and settings["on_bad_row"] == OnBadRow.refuse.name:
+        raise DataError(_refusal(path, judged))
+    manifest = _manifest(target, parsed, judged, settings)
+    stone = None
+    if correction is not None:
+        brought = manifest["digest"]
+        stone = correction_stone(kind, correction, replaced, path=path, brought=brought)
+        manifest["supersedes"] = correction.of
+        manifest["counts"]["superseded"] = stone.num_rows
+    if _is_known(path, id, store, kind, judged, manifest):
+        return _report(store, kind, id, manifest, judged, added=False)
+    entry = Entry(
+        kind=kind,
+        id=id,
+        rows=judged.accepted(progress),
+        refused=judged.refused(),
+        excluded=judged.excluded(),
+        manifest=manifest,
+        beside=(judged.write_notes, judged.write_sketches),
+        tombstone=stone,
+    )
+    if store.add(entry, **split, position=history.position):
+        return _report(store, kind, id, manifest, judged, added=True)
+    return None
 
 
 def _check_names(path: Path, *, id: str, stream: str, axis: str | None) -> None:
@@ -156,18 +225,24 @@ def _parse(
     kind: Kind,
     defaults: Defaults,
     rules: Rules,
+    is_sketched: bool,
     progress: Progress,
 ) -> _Parsed:
     """Read the file into the staging, several blocks at a time."""
     found = file_format(path)
     size = path.stat().st_size
+
+    def work(block: Block) -> tuple[pa.Table, list[dict[str, Any]], Counter[str]]:
+        table, refused, extra_fields = staged_block(block, kind, defaults, rules)
+        return with_sketches(table) if is_sketched else table, refused, extra_fields
+
     num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(num_threads + 1) as pool:
         sha256 = pool.submit(sha256_file, path)
-        parsed = _Parsed(kind, {"name": path.name, "format": found})
+        parsed = _Parsed({"name": path.name, "format": found})
         blocks = in_order(
             pool,
-            lambda block: (block.done, staged_block(block, kind, defaults, rules)),
+            lambda block: (block.done, work(block)),
             read_blocks(path),
             ahead=num_threads,
         )
@@ -210,13 +285,13 @@ def _refusal(path: Path, judged: Judged) -> str:
 
 
 def _manifest(
-    id: str, store: Store, parsed: _Parsed, judged: Judged, settings: dict[str, Any]
+    target: _Target, parsed: _Parsed, judged: Judged, settings: dict[str, Any]
 ) -> dict[str, Any]:
     counts = judged.counts
     return {
-        "kind": parsed.kind.name,
-        "id": id,
-        "stream": store.stream,
+        "kind": target.kind.name,
+        "id": target.id,
+        "stream": target.store.stream,
         "rows": counts["accepted"],
         "digest": judged.digest,
         "counts": counts,
@@ -233,7 +308,7 @@ def _is_known(
     path: Path, id: str, store: Store, kind: Kind, judged: Judged, manifest: dict[str, Any]
 ) -> bool:
     """Tell whether the stream holds these rows; DataError for other rows, or none, under the id."""
-    if id in store.ids(kind):
+    if id in store.entries(kind):
         if store.digest(kind, id) == manifest["digest"]:
             return True
         raise DataError(
@@ -243,7 +318,7 @@ def _is_known(
     counts = judged.counts
     if counts["accepted"]:
         return False
-    if counts["duplicate_of_earlier"] == counts["read"]:
+    if counts["duplicate_of_earlier"] + counts["withdrawn"] == counts["read"]:
         return True
     fates = Counter(row["policy"] for row in judged.excluded())
     fates["refused"] = counts["refused"]
@@ -258,8 +333,12 @@ def _report(
     if added:
         fates = [f"{name} {counts[name]}" for name in (*POLICIES, "refused") if counts.get(name)]
         left_out = f" (left out: {', '.join(fates)})" if fates else ""
+        what = f"{kind.name} {id}"
+        if "supersedes" in manifest:
+            what = f"{id}, which replaces {counts['superseded']} rows of {kind.name} "
+            what += f"{manifest['supersedes']},"
         message = (
-            f"added {kind.name} {id} to stream {store.stream}: {counts['accepted']} of "
+            f"added {what} to stream {store.stream}: {counts['accepted']} of "
             f"{counts['read']} rows{left_out}, {counts['heldout']} held out"
         )
     else:

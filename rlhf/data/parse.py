@@ -45,6 +45,13 @@ class Defaults:
     source: str
     axis: str | None
     is_safety: bool
+    name: str = ""
+    """What their ids begin with, where it is not the source."""
+
+    @property
+    def prefix(self) -> str:
+        """Beginning of the ids."""
+        return self.name or self.source
 
 
 def infer_kind(row: Mapping[str, Any], name: str) -> Kind:
@@ -64,7 +71,7 @@ def infer_kind(row: Mapping[str, Any], name: str) -> Kind:
 def parse_row(kind: Kind, row: Mapping[str, Any], *, line: int, defaults: Defaults) -> Record:
     """Return the record of a row; RowError names the field, its value and what is needed."""
     common: dict[str, Any] = {
-        "id": _identity(row, f"{defaults.source}/{line}"),
+        "id": _identity(row, f"{defaults.prefix}/{line}"),
         "source": _optional_text(row, "source") or defaults.source,
         "meta": _meta(row, kind),
     }

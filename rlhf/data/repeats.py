@@ -8,14 +8,17 @@ of more than PART_ROWS rows is compared in parts, each with the share of the key
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from rlhf.config import Contradictions, NearDuplicates
 from rlhf.data.columns import Mask, first_words, hex_texts
 from rlhf.data.files import quote
+from rlhf.data.ledger import History
+from rlhf.data.similar import FOLDED, Note, RepeatRules, find_similar, judge_similar
 from rlhf.data.staging import Staging
 
 if TYPE_CHECKING:
@@ -35,17 +38,22 @@ class Earlier(Protocol):
     def scan(self, names: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield columns of id and keys in pieces, each with the name of its batch."""
 
+    def withdrawn_rows(self) -> dict[str, str]:
+        """Return id to content key of rows that were withdrawn."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
     """What comparing rows with others found.
 
     `table` has row, policy (or REFUSED) and reason, by row, of the rows that are not accepted;
-    `repeats_prompt` holds for every staged row whether its prompt came in an earlier batch.
+    `repeats_prompt` holds for every staged row whether its prompt came in an earlier batch; `notes`
+    has every near duplicate and contradiction, also of rows that stay.
     """
 
     table: pa.Table
     repeats_prompt: Mask
+    notes: list[Note]
 
 
 class Index:
@@ -82,15 +90,41 @@ def id_words(ids: pa.Array) -> Words:
     return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)).view(np.uint64)
 
 
-def find_verdicts(staging: Staging, earlier: Earlier, *, batch: str) -> Verdicts:
-    """Compare the staged rows of `batch` with each other and with the earlier ones.
+def find_verdicts(
+    staging: Staging, earlier: Earlier, *, batch: str, rules: RepeatRules
+) -> Verdicts:
+    """Compare the staged rows of `batch` with each other and with the earlier ones."""
+    barred = join_verdicts([_collisions(staging, earlier), _withdrawals(staging, earlier)])
+    repetitions, notes, repeats_prompt = _repetitions(staging, earlier, batch, barred, rules)
+    table = join_verdicts([barred, repetitions])
+    return Verdicts(table, repeats_prompt, sorted_notes(notes))
 
-    The place for a further rule that compares rows: its table of row, policy and reason joins the
-    others here, after the rules that come before it.
-    """
-    collisions = _collisions(staging, earlier)
-    repetitions, repeats_prompt = _repetitions(staging, earlier, batch, collisions["row"])
-    return Verdicts(join_verdicts([collisions, repetitions]), repeats_prompt)
+
+def add_similar(
+    verdicts: Verdicts, staging: Staging, history: History, *, batch: str, rules: RepeatRules
+) -> Verdicts:
+    """Go on with what the rows that are left repeat but for a few words."""
+    if rules.threshold is None:
+        return verdicts
+    left_out = verdicts.table["row"].to_numpy()
+    found = find_similar(staging, history, left_out, batch=batch, threshold=rules.threshold)
+    notes = judge_similar(found, rules)
+    table = join_verdicts([verdicts.table, note_verdicts(notes)])
+    return replace(verdicts, table=table, notes=sorted_notes([*verdicts.notes, *notes]))
+
+
+def note_verdicts(notes: Iterable[Note]) -> pa.Table:
+    """Return the verdicts on the rows that notes drop."""
+    dropped = [note.verdict() for note in notes if note.fate == "drop"]
+    return _verdicts(*zip(*dropped, strict=True)) if dropped else _verdicts([], [], [])
+
+
+def sorted_notes(notes: Iterable[Note]) -> list[Note]:
+    """Return one note a row, by row; the first one counts."""
+    first: dict[int, Note] = {}
+    for note in notes:
+        first.setdefault(note.row, note)
+    return [first[row] for row in sorted(first)]
 
 
 def join_verdicts(tables: Iterable[pa.Table]) -> pa.Table:
@@ -173,14 +207,36 @@ def _colliding(staging: Staging, rows: Rows, earlier: pa.Table) -> pa.Table:
     return _verdicts(rows[wrong - earlier.num_rows], [REFUSED] * len(wrong), reasons)
 
 
-def _repetitions(
-    staging: Staging, earlier: Earlier, batch: str, barred: pa.ChunkedArray
-) -> tuple[pa.Table, Mask]:
-    """Find rows that were met before, literally or folded, and their contradictions."""
+def _withdrawals(staging: Staging, earlier: Earlier) -> pa.Table:
+    """Find withdrawn rows that are delivered again as they were."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    withdrawn = earlier.withdrawn_rows()
+    wanted = pa.array(sorted(withdrawn), pa.string())
     found = [_verdicts([], [], [])]
+    for start, batch in staging.scan(["id", "key_content", "policy"]) if withdrawn else ():
+        is_left = pc.and_(pc.is_in(batch.column("id"), wanted), batch.column("policy").is_null())
+        rows = np.flatnonzero(is_left)
+        mine = batch.take(pa.array(rows))
+        ids = mine.column("id").to_pylist()
+        contents = hex_texts(mine.column("key_content")).to_pylist() if ids else []
+        same = [
+            i for i, (id, key) in enumerate(zip(ids, contents, strict=True)) if withdrawn[id] == key
+        ]
+        reasons = [f"{ids[i]} was withdrawn" for i in same]
+        found.append(_verdicts(rows[same] + start, ["withdrawn"] * len(same), reasons))
+    return join_verdicts(found)
+
+
+def _repetitions(
+    staging: Staging, earlier: Earlier, batch: str, barred: pa.Table, rules: RepeatRules
+) -> tuple[pa.Table, list[Note], Mask]:
+    """Find rows that were met before, literally or folded, and their contradictions."""
+    found, notes = [_verdicts([], [], [])], []
     repeats_prompt = np.zeros(staging.num_rows, bool)
     for part in _parts(staging):
-        near = _index(staging, "key_near", part, barred.to_numpy())
+        near = _index(staging, "key_near", part, barred["row"].to_numpy())
         prompts = _index(staging, "key_prompt", part)
         met = _Met(("id", "key_near", "key_exact", "key_swapped"))
         met_prompts = _Met(("key_prompt",))
@@ -190,8 +246,10 @@ def _repetitions(
         repeats_prompt[_with_prompt(staging, prompts.met(), met_prompts.table())] = True
         contested = near.met(or_twice=True)
         if contested.size:
-            found.append(_repeating(staging, contested, met.table(), batch))
-    return join_verdicts(found), repeats_prompt
+            verdicts, more = _repeating(staging, contested, met.table(), batch, rules)
+            found.append(verdicts)
+            notes += more
+    return join_verdicts(found), notes, repeats_prompt
 
 
 def _with_prompt(staging: Staging, rows: Rows, earlier: pa.Table) -> Rows:
@@ -201,14 +259,15 @@ def _with_prompt(staging: Staging, rows: Rows, earlier: pa.Table) -> Rows:
     return rows[pc.is_in(mine, earlier["key_prompt"].combine_chunks()).to_numpy()]
 
 
-def _repeating(staging: Staging, rows: Rows, earlier: pa.Table, batch: str) -> pa.Table:
-    """Judge rows that share a near key with another: the first of each stays.
+def _repeating(
+    staging: Staging, rows: Rows, earlier: pa.Table, batch: str, rules: RepeatRules
+) -> tuple[pa.Table, list[Note]]:
+    """Judge rows that share a near key with another.
 
-    The place of the policy on contradictions: `seen` is the original of a row, and `differs` tells
-    that it has the opposite verdict.
+    Of the rows with one verdict the first stays, and the others repeat it. The first row with the
+    opposite verdict contradicts; when it is dropped, so are all that repeat it.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     mine = staging.take(["id", "key_near", "key_exact", "key_swapped"], rows)
     near = _codes(earlier["key_near"], _hex(mine["key_near"]))
@@ -216,24 +275,29 @@ def _repeating(staging: Staging, rows: Rows, earlier: pa.Table, batch: str) -> p
     swapped = pa.concat_arrays(
         [*earlier["key_swapped"].chunks, *mine["key_swapped"].chunks]
     ).to_numpy(zero_copy_only=False)
-    leader, twin = _first_of(near), _first_of(exact)
-    places = np.arange(len(near))
-    left_out = np.flatnonzero((places >= earlier.num_rows) & (leader < places))
-    leader, twin = leader[left_out], twin[left_out]
-    is_twin = (twin < earlier.num_rows) | (twin == leader)
-    seen = np.where(is_twin, twin, leader)
-    differs = swapped[seen] != swapped[left_out]
-    names = np.where(is_twin, "duplicate", "near_duplicate").astype(object)
-    where = np.where(seen < earlier.num_rows, "_of_earlier", "_in_file").astype(object)
-    policies = np.where(differs, "contradicting", names + where)
-    ids = pa.chunked_array([*earlier["id"].chunks, *mine["id"].chunks], pa.string())
-    batches = pa.chunked_array(
-        [*earlier["batch"].chunks, pa.array([batch] * mine.num_rows, pa.string())], pa.string()
-    )
-    verbs = pa.array(np.where(differs, "contradicts ", "repeats "), pa.string())
-    originals = [column.take(pa.array(seen)).combine_chunks() for column in (ids, batches)]
-    reasons = pc.binary_join_element_wise(verbs, originals[0], " of ", originals[1], "")
-    return _verdicts(rows[left_out - earlier.num_rows], policies, reasons)
+    first, same, twin = (_first_of(codes) for codes in (near, 2 * near + swapped, exact))
+    number, places = earlier.num_rows, np.arange(len(near))
+    keeps_both = rules.contradictions is not Contradictions.drop
+    keeps_near = rules.near_duplicates is NearDuplicates.keep
+    stays = (same < number) | (same == first) | keeps_both
+    opposes = (first < places) & (~stays | (same == places))
+    is_twin = (twin < places) & ((twin < number) | (twin == same) | keeps_near)
+    seen = np.where(opposes, first, np.where(is_twin, twin, same))
+    left_out = np.flatnonzero((places >= number) & (seen < places))
+    ids = [*earlier["id"].to_pylist(), *mine["id"].to_pylist()]
+    batches = [*earlier["batch"].to_pylist(), *[batch] * mine.num_rows]
+    twins, notes = [], []
+    for place in left_out.tolist():
+        at, row = int(seen[place]), int(rows[place - number])
+        if is_twin[place] and not opposes[place]:
+            where = "of_earlier" if at < number else "in_file"
+            twins.append((row, f"duplicate_{where}", f"repeats {ids[at]} of {batches[at]}"))
+            continue
+        rule = rules.contradictions if opposes[place] else rules.near_duplicates
+        fate, is_opposite = rule.name, bool(opposes[place])
+        notes.append(Note(row, is_opposite, FOLDED, 1.0, batches[at], ids[at], at >= number, fate))
+    exact_verdicts = _verdicts(*zip(*twins, strict=True)) if twins else _verdicts([], [], [])
+    return join_verdicts([exact_verdicts, note_verdicts(notes)]), notes
 
 
 class _Met:
@@ -285,5 +349,5 @@ def _codes(earlier: pa.ChunkedArray, mine: pa.ChunkedArray) -> npt.NDArray[np.in
 
 def _first_of(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return for every place the first one with the same code."""
-    _, first = np.unique(codes, return_index=True)
-    return first[codes]
+    _, first, code = np.unique(codes, return_index=True, return_inverse=True)
+    return first[code]

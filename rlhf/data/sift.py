@@ -24,15 +24,24 @@ POLICIES = {
     "identical_responses": "chosen equals rejected",
     "unsafe_chosen": "on the safety axis, an unsafe chosen beside a safe rejected response "
     "(paper section 3.2.2)",
+    "withdrawn": "its vendor withdrew this very row from an earlier batch or set",
     "duplicate_in_file": "equal texts earlier in this file",
     "duplicate_of_earlier": "equal texts in an earlier batch or set of this kind",
     "near_duplicate_in_file": "earlier in this file but for case, blanks and punctuation",
     "near_duplicate_of_earlier": "in an earlier batch or set but for case, blanks and punctuation",
+    "similar_in_file": "earlier in this file but for a few words, see near_threshold",
+    "similar_to_earlier": "in an earlier batch or set but for a few words, see near_threshold",
     "contradicting": "the same pair was met before with the opposite verdict, which stays",
 }
 """Why rows are excluded, in the order in which the rules are tried."""
 
-COMPARISON_ONLY = ("identical_responses", "unsafe_chosen", "contradicting")
+COMPARISON_ONLY = (
+    "identical_responses",
+    "unsafe_chosen",
+    "similar_in_file",
+    "similar_to_earlier",
+    "contradicting",
+)
 
 
 def row_policy(row: Mapping[str, Any], kind: Kind, max_chars: int) -> tuple[str, str] | None:

@@ -63,6 +63,12 @@ class Staging:
             self._writer.close()
         self._refused.flush()
 
+    def has(self, name: str) -> bool:
+        """Tell whether the rows have a column."""
+        import pyarrow as pa
+
+        return self.num_rows > 0 and name in pa.ipc.open_file(self._rows).schema.names
+
     def refused(self) -> Iterator[dict[str, Any]]:
         """Yield the refused rows in the order they came."""
         self._refused.seek(0)

@@ -266,7 +266,7 @@ def _records(table: pa.Table, kind: Kind, defaults: Defaults) -> pa.Table:
         starts = pa.array(np.arange(len(content) + 1), pa.int32())
         columns[name] = pa.ListArray.from_arrays(starts, flat)
     lines = table["line"].cast(pa.string())
-    own = pc.binary_join_element_wise(f"{defaults.source}/", lines, "")
+    own = pc.binary_join_element_wise(f"{defaults.prefix}/", lines, "")
     columns["id"] = pc.coalesce(table["id"].cast(pa.string()), own)
     has_source = pc.greater(pc.binary_length(table["source"].fill_null("")), 0)
     columns["source"] = pc.if_else(has_source, table["source"], defaults.source)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf.data.ledger import Store
+from rlhf.data.corrections import open_rows
 from rlhf.data.records import AXES, Prompt
 from rlhf.inference.generation import fitting, scoring_length
 from rlhf.inference.generators import check_generator, open_generator
@@ -38,7 +37,7 @@ def choose_prompts(
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Return a round's training prompts, safety prompts in the share that the sets have."""
     config = context.config
-    store = Store(Path(config.paths.store), config.data.stream)
+    store = open_rows(context)
     every = [p for item in context.inputs.of_kind("prompts") for p in store.prompts(item.id)]
     training = [prompt for prompt in every if not prompt.heldout]
     fits, over_long = fitting(

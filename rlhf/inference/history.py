@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.algo.comparison import Settings, mean_value
 from rlhf.artifacts import read_json, read_jsonl
+from rlhf.data.corrections import drop_gone
 from rlhf.data.prompts import prompt_kind
 from rlhf.data.records import AXES, Prompt
 from rlhf.data.split import prompt_key
@@ -31,7 +32,7 @@ def earlier_texts(context: NodeContext) -> dict[str, dict[str, str]]:
     for role in sorted(roles, key=lambda name: int(name.removeprefix(HISTORY))):
         folder = Path(context.inputs.models[role].path)
         evaluation = read_json(folder / "evaluation.json")
-        rows = read_jsonl(folder / "responses.jsonl")
+        rows = drop_gone(context, read_jsonl(folder / "responses.jsonl"))
         for side in ("candidate", "promoted"):
             texts = {row["prompt_id"]: row["responses"][side] for row in rows}
             found.setdefault(evaluation[side], texts)

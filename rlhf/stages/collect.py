@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhf.artifacts import read_jsonl
 from rlhf.config import Annotators, OnBadRow, Sampling
+from rlhf.data.corrections import open_rows
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import by_kind, keyed_digest, keyed_order
@@ -114,7 +115,7 @@ def _open_both(
 
 
 def _fitting_prompts(context: NodeContext, versions: dict[str, Version]) -> list[Prompt]:
-    store = Store(Path(context.config.paths.store), context.config.data.stream)
+    store = open_rows(context)
     sets = [store.prompts(item.id) for item in context.inputs.of_kind("prompts")]
     prompts = [prompt for rows in sets for prompt in rows]
     length = context.config.collect.max_new_tokens

@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from rlhf.algo.comparison import (
     rate,
 )
 from rlhf.algo.promotion import Reason, decide, is_promoted
-from rlhf.data.ledger import Store
+from rlhf.data.corrections import open_rows
 from rlhf.data.prompts import by_kind, keyed_order, prompt_kind
 from rlhf.data.records import AXES, Message, Prompt
 from rlhf.data.refusals import is_refusal
@@ -138,7 +137,7 @@ def heldout_prompts(context: NodeContext, version: Version) -> list[Prompt]:
     Raises DataError when there are none.
     """
     config = context.config
-    store = Store(Path(config.paths.store), config.data.stream)
+    store = open_rows(context)
     sets = [store.prompts(item.id) for item in context.inputs.of_kind("prompts")]
     heldout = [prompt for rows in sets for prompt in rows if prompt.heldout]
     length = config.evaluate.sampling.max_new_tokens

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rlhf.config import Config, CriticInit
-from rlhf.data.ledger import Store
+from rlhf.data.corrections import open_rows
 from rlhf.data.prompts import keyed_order
 from rlhf.data.records import AXES, Prompt
 from rlhf.errors import ConfigError, StageError
@@ -82,7 +82,7 @@ def _prompts(
 ) -> tuple[list[Prompt], list[Prompt], dict[str, int]]:
     """Return training and held-out prompts that fit, and how many were left out."""
     config = context.config
-    store = Store(Path(config.paths.store), config.data.stream)
+    store = open_rows(context)
     every = [
         prompt for item in context.inputs.of_kind("prompts") for prompt in store.prompts(item.id)
     ]

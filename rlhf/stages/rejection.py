@@ -16,7 +16,7 @@ import torch
 from rlhf import metrics
 from rlhf.artifacts import read_jsonl
 from rlhf.data.chat import Encoded, encode_conversation
-from rlhf.data.ledger import Store
+from rlhf.data.corrections import drop_gone, open_rows
 from rlhf.data.prompts import keyed_digest
 from rlhf.data.records import Prompt
 from rlhf.errors import StageError
@@ -168,7 +168,8 @@ def _earlier_winners(context: NodeContext) -> list[Row]:
     """Return the winners of all earlier rounds, oldest round first."""
     models = context.inputs.models
     roles = sorted((role for role in models if role.startswith("pool_")), key=lambda r: int(r[5:]))
-    return [row for role in roles for row in read_jsonl(Path(models[role].path) / "winners.jsonl")]
+    rows = [row for role in roles for row in read_jsonl(Path(models[role].path) / "winners.jsonl")]
+    return drop_gone(context, rows)
 
 
 def _demonstrations(context: NodeContext, *, num_rows: int, tokenizer: Any) -> list[Encoded]:
@@ -176,7 +177,7 @@ def _demonstrations(context: NodeContext, *, num_rows: int, tokenizer: Any) -> l
     config = context.config
     if num_rows == 0:
         return []
-    store = Store(Path(config.paths.store), config.data.stream)
+    store = open_rows(context)
     rows = [
         row
         for item in context.inputs.of_kind("sft")

@@ -21,7 +21,7 @@ import torch
 
 from rlhf.algo.losses import margin_for
 from rlhf.config import Config, JudgeData
-from rlhf.data.ledger import Store
+from rlhf.data.corrections import open_rows
 from rlhf.data.mixture import Mixture, build_mixture
 from rlhf.data.records import Comparison, Kind
 from rlhf.data.split import is_judge_prompt, prompt_key
@@ -85,7 +85,7 @@ def read_comparisons(context: NodeContext) -> Comparisons:
     Length is checked before anything is mixed or capped, so that shares and caps hold for the rows
     that are really used.
     """
-    store = Store(Path(context.config.paths.store), context.config.data.stream)
+    store = open_rows(context)
     tokenizer = load_tokenizer(context.inputs.models["init"].path)
     entries = [e for e in context.inputs.of_kind("batch") if e.round <= context.node.round]
     over_long: Counter[str] = Counter()

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import random
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.config import Sft
 from rlhf.data.chat import IGNORED, Encoded, encode_conversation
-from rlhf.data.ledger import Store
+from rlhf.data.corrections import open_rows
 from rlhf.data.records import Conversation
 from rlhf.errors import DataError
 from rlhf.models.loading import load_policy, load_tokenizer, save_trained, setup_torch
@@ -61,7 +60,7 @@ def run(context: NodeContext) -> None:
 
 def read_demonstrations(context: NodeContext) -> list[Conversation]:
     """Return the conversations of all SFT sets of the node, in plan order."""
-    store = Store(Path(context.config.paths.store), context.config.data.stream)
+    store = open_rows(context)
     sets = context.inputs.of_kind("sft")
     return [row for entry in sets for row in store.conversations(entry.id)]
 

@@ -49,6 +49,7 @@ def test_help_lists_every_command_without_heavy_imports() -> None:
         ("run --cfg job recipe=x", ((), {}, ("--cfg", "job", "recipe=x"))),
         ("run +a=1 ~b", ((), {}, ("+a=1", "~b"))),
         ("ingest week/a=b.jsonl", (("week/a=b.jsonl",), {}, ())),
+        ("ingest ingest.retract=a.txt", ((), {}, ("ingest.retract=a.txt",))),
     ],
 )
 def test_positionals_and_own_keys_are_taken_off_first(

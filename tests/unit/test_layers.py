@@ -27,6 +27,7 @@ LAYERS = {
         "runner",
         "state",
         "supply",
+        "usage",
         "versions",
         "worker",
     ),

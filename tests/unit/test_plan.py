@@ -306,3 +306,29 @@ def test_sampling_jobs_share_the_work_of_a_rejection_node_and_stay_as_the_round_
     assert [item.sampling_jobs for item in later.rounds] == [2, 3]
     assert Plan.from_json(later.to_json()) == later
     assert names(plan_of("rounds.sampling_jobs=2", batches=("w1", "w2")), 2)[2] == "ppo"
+
+
+def test_corrections_reach_the_rounds_that_have_not_started() -> None:
+    config = config_of(*PEOPLE, "rounds.limit=2")
+    stock = listing("w1", "w2")
+    old = build_plan(config, stock, None)
+    assert (old.as_of, [item.as_of for item in old.rounds]) == (0, [0, 0])
+    later = {**stock, "tombstones": {"000000007/batch/w1": "d", "000000012/sft/a": "e"}}
+    for started, expected in (
+        (-1, (12, 12, 12)),
+        (0, (0, 12, 12)),
+        (1, (0, 0, 12)),
+        (2, (0, 0, 0)),
+    ):
+        plan = build_plan(config, later, old, started=started)
+        assert (plan.as_of, *(item.as_of for item in plan.rounds)) == expected
+        assert [plan.rows_as_of(k) for k in range(3)] == list(expected)
+        assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_written_before_there_were_corrections_reads_as_without_any() -> None:
+    tree = plan_of(batches=("w1",)).to_json()
+    del tree["as_of"]
+    del tree["rounds"][0]["as_of"]
+    plan = Plan.from_json(tree)
+    assert (plan.as_of, plan.rounds[0].as_of) == (0, 0)

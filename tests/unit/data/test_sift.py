@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from rlhf.config import Ingest
 from rlhf.data.accept import Judged, Rules, staged_block
 from rlhf.data.files import Lines
 from rlhf.data.keys import Record, keys_of
@@ -17,6 +18,7 @@ from rlhf.data.ledger import silent
 from rlhf.data.parse import Defaults
 from rlhf.data.records import Comparison, Kind, Prompt
 from rlhf.data.repeats import find_verdicts
+from rlhf.data.similar import RepeatRules
 from rlhf.data.staging import Staging
 
 
@@ -38,6 +40,9 @@ class Before:
             for record, keys in ((record, keys_of(record)) for record in records)
         ]
 
+    def withdrawn_rows(self) -> dict[str, str]:
+        return {}
+
     def scan(self, names: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
         for row in self.rows:
             yield "old", pa.RecordBatch.from_pylist([{name: row[name] for name in names}])
@@ -45,6 +50,8 @@ class Before:
 
 class Sifted:
     """What became of rows."""
+
+    repeats = RepeatRules.of(Ingest())
 
     def __init__(self, records: Sequence[Record], history: Before, max_chars: int) -> None:
         kind = Kind.prompts if isinstance(records[0], Prompt) else Kind.batch
@@ -55,7 +62,8 @@ class Sifted:
             table, refused, _ = staged_block(Lines(1, data, 0), kind, defaults, rules)
             staging.add(table, refused)
             staging.finish()
-            judged = Judged(staging, kind, find_verdicts(staging, history, batch="new"))
+            verdicts = find_verdicts(staging, history, batch="new", rules=self.repeats)
+            judged = Judged(staging, kind, verdicts)
             tables = list(judged.accepted(silent))
             self.accepted = pa.concat_tables(tables).to_pylist()
             self.refused = list(judged.refused())
