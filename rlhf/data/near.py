@@ -8,10 +8,12 @@ pair: a match says whether the verdicts agree.
 
 What may not be merged although it is similar:
 - texts whose numbers or negations differ, in value or in order;
-- rows whose copies differ by more than half of what tells a row's own responses apart, as in
-  minimal-edit pairs: there the small difference is what the row is about;
-- rows with different prompts, unless a response of `MIN_EVIDENCE_WORDS` words matches: refusals and
-  one-word answers are alike under any prompt.
+- texts of fewer than `MIN_WORDS` words that differ at all;
+- rows whose copies differ by half or more of what tells a row's own responses apart, as in
+  minimal-edit pairs: there the small difference is what the row is about. Here case and
+  punctuation count, and they count fully where the own responses share `ALIKE` of their words;
+- rows with different prompts, unless a response of `MIN_WORDS` words matches: refusals and one-word
+  answers are alike under any prompt.
 """
 
 from __future__ import annotations
@@ -54,7 +56,11 @@ MAX_PARTNERS = 16
 SLACK = 0.15
 """Proposed pairs are dropped unread when their sketches say less than threshold - SLACK: four
 standard errors of 64 values at J = 0.9."""
-MIN_EVIDENCE_WORDS = 30
+MIN_WORDS = 30
+"""Shorter texts must have the same words: there a few words more are another answer."""
+ALIKE = 0.5
+"""Responses that share half of their shingles may differ in just what folding takes away: case and
+punctuation, in tasks that are about these."""
 CHUNK_BYTES = 4 * 2**20
 """Text that is cut into shingles at a time; working memory is about 100 times as much."""
 CHUNK_PAIRS = 200_000
@@ -148,6 +154,13 @@ def pairs_against(sketches: Sketches, earlier: Sketches, *, threshold: float) ->
     return _distinct(found)
 
 
+def own_similarity(chosen: pa.Array, rejected: pa.Array) -> npt.NDArray[np.float64]:
+    """Return how much of their words the two responses of each row share."""
+    sides = [shingles(texts) for texts in (chosen, rejected)]
+    found = (jaccard(sides[0].unique(row), sides[1].unique(row)) for row in range(len(chosen)))
+    return np.fromiter(found, np.float64, len(chosen))
+
+
 class Verifier:
     """Compares rows by their real shingles; `texts` are rows of `texts_of`, by index."""
 
@@ -171,14 +184,12 @@ class Verifier:
             second = self._same("rejected", row, other, sides[1], earlier)
             if first is not None and second is not None:
                 found.append(Match(row, earlier, min(first, second), swapped))
-        if len(found) != 1:
-            # Whoever is alike both ways tells nothing about which response is which.
+        found = [match for match in found if self._is_copy(match, other)]
+        if not found:
             return None
-        match = found[0]
+        (match,) = found
         words = max(int(self.shingles[name].words[row]) for name in PARTS[1:])
-        if prompts < 1 and words < MIN_EVIDENCE_WORDS:
-            return None
-        if self._is_minimal_edit(match, other):
+        if prompts < 1 and words < MIN_WORDS:
             return None
         return replace(match, similarity=min(prompts, match.similarity))
 
@@ -191,18 +202,30 @@ class Verifier:
             return 1.0
         left, right = self.shingles[part], other.shingles[other_part]
         found = jaccard(left.unique(row), right.unique(earlier))
+        num_words = min(left.words[row], right.words[earlier])
+        if found < 1 and num_words < MIN_WORDS:
+            return None
         if found < self.threshold or guarded_words(mine) != guarded_words(theirs):
             return None
         return found
 
-    def _is_minimal_edit(self, match: Match, other: Verifier) -> bool:
-        """Tell whether the copies differ by more than half of what their responses differ by."""
+    def _is_copy(self, match: Match, other: Verifier) -> bool:
+        """Tell whether the copies differ by less than half of what their responses differ by.
+
+        As distances are a metric, this holds for one way round at most.
+        """
         sides = ("rejected", "chosen") if match.swapped else ("chosen", "rejected")
         mine = [_literal(self.texts[name][match.row]) for name in ("chosen", "rejected")]
         theirs = [_literal(other.texts[name][match.earlier]) for name in sides]
         between = max(_distance(mine[0], theirs[0]), _distance(mine[1], theirs[1]))
         own = min(_distance(*mine), _distance(*theirs))
-        return 2 * between > own
+        is_alike = max(self._own(match.row), other._own(match.earlier)) >= ALIKE
+        return 2 * between < own and not (is_alike and between > 1 - self.threshold)
+
+    def _own(self, row: int) -> float:
+        """Return how much of their words the row's own responses share."""
+        chosen, rejected = self.shingles["chosen"], self.shingles["rejected"]
+        return jaccard(chosen.unique(row), rejected.unique(row))
 
 
 def _literal(text: str) -> set[tuple[str, ...]]:

@@ -18,6 +18,7 @@ from rlhf.config import Contradictions, NearDuplicates
 from rlhf.data.columns import Mask, first_words, hex_texts
 from rlhf.data.files import quote
 from rlhf.data.ledger import History
+from rlhf.data.near import ALIKE, own_similarity
 from rlhf.data.similar import FOLDED, Note, RepeatRules, find_similar, judge_similar
 from rlhf.data.staging import Staging
 
@@ -272,6 +273,7 @@ def _repeating(
     mine = staging.take(["id", "key_near", "key_exact", "key_swapped"], rows)
     near = _codes(earlier["key_near"], _hex(mine["key_near"]))
     exact = _codes(earlier["key_exact"], _hex(mine["key_exact"]))
+    near = _without_folding(staging, rows, near, exact)
     swapped = pa.concat_arrays(
         [*earlier["key_swapped"].chunks, *mine["key_swapped"].chunks]
     ).to_numpy(zero_copy_only=False)
@@ -298,6 +300,20 @@ def _repeating(
         notes.append(Note(row, is_opposite, FOLDED, 1.0, batches[at], ids[at], at >= number, fate))
     exact_verdicts = _verdicts(*zip(*twins, strict=True)) if twins else _verdicts([], [], [])
     return join_verdicts([exact_verdicts, note_verdicts(notes)]), notes
+
+
+def _without_folding(staging: Staging, rows: Rows, near: Any, exact: Any) -> Any:
+    """Let rows whose own responses are alike be equal only where their texts are, case included.
+
+    Rows with one near key have the same words, so all of them are alike or none is.
+    """
+    if not staging.has("chosen"):
+        return near
+    sides = staging.take(["chosen", "rejected"], rows)
+    own = own_similarity(*(sides[name].combine_chunks() for name in ("chosen", "rejected")))
+    is_alike = np.zeros(int(near.max()) + 1, bool)
+    is_alike[near[len(near) - len(rows) :][own >= ALIKE]] = True
+    return np.where(is_alike[near], exact + len(near), near)
 
 
 class _Met:

@@ -22,6 +22,7 @@ from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import by_kind, keyed_digest, keyed_order
 from rlhf.data.records import AXES, Comparison, Kind, Message, Prompt
+from rlhf.data.similar import RepeatRules
 from rlhf.inference.versions import Version, open_version
 from rlhf.models.loading import setup_torch
 from rlhf.nodes import NodeContext
@@ -301,6 +302,7 @@ def _ingest(context: NodeContext, rated: Path) -> None:
         heldout_share=config.data.heldout_share,
         heldout_salt=config.data.heldout_salt,
         max_chars=config.ingest.max_chars,
+        repeats=RepeatRules.of(config.ingest),
     )
     manifest = store.manifest(Kind.batch, report.id)
     log.info("batch %s holds %d comparisons", report.id, manifest["rows"])

@@ -127,13 +127,19 @@ def test_minimal_edit_pairs_stay_apart() -> None:
     long = text(120, 8)
     one, two = edited(long, 60, "black"), edited(long, 60, "white")
     assert compare(row(PROMPT, long, one), row(PROMPT, long, two)) is None
-    assert compare(row(PROMPT, one, two), row(PROMPT, two, one)) is None  # left to exact rules
     assert compare(row(PROMPT, long, one), row(PROMPT, long, edited(one, 90, "x"))) is None
+    opposite = compare(row(PROMPT, one, two), row(PROMPT, two, one))
+    assert opposite is not None
+    assert opposite.swapped
 
 
 def test_case_and_punctuation_that_a_row_is_about_are_not_folded() -> None:
-    title = GOOD.title()
-    assert compare(row(PROMPT, title, GOOD), row(PROMPT, GOOD + " so", title)) is None
+    """Title case beats a preface, and the preface beats small letters: no contradiction."""
+    title, preface = GOOD.title(), "Sure here it is " + GOOD.title()
+    assert compare(row(PROMPT, title, preface), row(PROMPT, preface, GOOD)) is None
+    turned = compare(row(PROMPT, title, GOOD), row(PROMPT, GOOD + " so", title))
+    assert turned is not None
+    assert turned.swapped
 
 
 def test_signs_alone_are_compared_as_they_stand() -> None:

@@ -253,6 +253,26 @@ def test_streams_and_kinds_are_compared_by_themselves(tmp_path: Path, store: Sto
     assert add(Store(store.root, "other"), path).counts["accepted"] == 1
 
 
+def test_tasks_about_case_and_punctuation_are_compared_as_they_stand(
+    tmp_path: Path, store: Store
+) -> None:
+    words = "Kosovo Pristina Kuwait Kuwait City Laos Vientiane Latvia Riga"
+    forms = [f'["{words}"]', f'"{words}",', f'"{words.upper()}"', f"{words}."]
+    ask = {"prompt": [{"role": "user", "content": "Quote it."}]}
+    rows = [
+        pair(f"f{i}{j}", 0, **ask, chosen=forms[i], rejected=forms[j])
+        for i, j in ((0, 1), (0, 2), (1, 3), (2, 3))
+    ]
+    rows.append(turned(rows[0], "against"))
+    rows.append({**rows[1], "id": "again"})
+    report = add(store, write(tmp_path / "new.jsonl", rows))
+    assert set(rows_of(store, "new")) == {"f01", "f02", "f13", "f23"}
+    assert {row["id"]: row["policy"] for row in report.excluded} == {
+        "against": "contradicting",
+        "again": "duplicate_in_file",
+    }
+
+
 def slow(rows: list[Row], how: RepeatRules) -> dict[str, tuple[str, str]]:
     """Judge the rows of one file one after another; id to fate and the row it was compared with."""
     accepted: list[Row] = []
