@@ -142,6 +142,25 @@ def test_case_and_punctuation_that_a_row_is_about_are_not_folded() -> None:
     assert turned.swapped
 
 
+def test_where_responses_are_alike_the_copies_must_be_alike_to_the_letter() -> None:
+    """Folded, both copies are equal; literally they share 109 of 127 shingles, less than 0.9."""
+    long = text(120, 12)
+    other, copy = long, long
+    for place in range(8):
+        other = edited(other, 14 * place + 4, "other")
+    for place in (20, 60, 100):
+        copy = edited(copy, place, long.split()[place].upper())
+    assert compare(row(PROMPT, long, other), row(PROMPT, copy, other)) is None
+    assert compare(row(PROMPT, long, BAD), row(PROMPT, copy, BAD)) is not None
+
+
+def test_a_short_answer_with_a_word_more_is_another_answer() -> None:
+    short = text(25, 13)
+    assert compare(row(PROMPT, short, BAD), row(PROMPT, short + " so", BAD)) is None
+    assert compare(row(PROMPT, short, BAD), row(PROMPT, short + "!", BAD)) is not None
+    assert compare(row(short, GOOD, BAD), row(short + " so", GOOD, BAD)) is None
+
+
 def test_signs_alone_are_compared_as_they_stand() -> None:
     assert compare(row(PROMPT, "!!!", BAD), row(PROMPT, "???", BAD + " so")) is None
     assert compare(row(PROMPT, "!!!", BAD), row(PROMPT, "!!!", BAD + " so")) is not None
@@ -221,6 +240,22 @@ def test_sketches_do_not_depend_on_the_other_rows(monkeypatch: pytest.MonkeyPatc
     turned = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in earlier]
     assert np.array_equal(sketch(table(*turned)), whole)
     assert sketch(table(*earlier).slice(0, 0)).shape == (0, near.NUM_PERM)
+
+
+def test_prompts_and_responses_are_not_mixed_up_in_a_sketch() -> None:
+    rows = [row(GOOD, BAD, PROMPT), row(BAD, GOOD, PROMPT), row(GOOD, PROMPT, BAD)]
+    found = sketch(
+        texts_of(
+            pa.Table.from_pylist(
+                [
+                    {**r, "prompt": [{"role": "", "content": c}]}
+                    for r, c in zip(rows, (GOOD, BAD, GOOD), strict=True)
+                ]
+            )
+        )
+    )
+    assert (found[0] == found[1]).mean() < 0.9
+    assert np.array_equal(found[0], found[2])
 
 
 def test_sketches_estimate_the_similarity() -> None:

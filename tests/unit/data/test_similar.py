@@ -173,6 +173,17 @@ def test_contradictions_may_be_lowered_and_say_what_they_were(tmp_path: Path, st
     assert other.digest(Kind.batch, "new") != manifest["digest"]
 
 
+def test_a_contradiction_that_was_kept_has_copies_of_its_own(tmp_path: Path, store: Store) -> None:
+    first = [turned(pair("", 1), "kept"), pair("fresh", 50)]
+    add(store, write(tmp_path / "new.jsonl", first), rules(contradictions="keep"))
+    shouted = turned(pair("", 1), "shouted")
+    shouted["chosen"] = shouted["chosen"].upper()
+    report = add(store, write(tmp_path / "late.jsonl", [shouted, pair("later", 70)]))
+    assert [(row["policy"], row["reason"]) for row in report.excluded] == [
+        ("near_duplicate_of_earlier", "repeats kept of new")
+    ]
+
+
 def test_near_duplicates_may_be_kept_and_exact_ones_still_go(tmp_path: Path, store: Store) -> None:
     path = week(tmp_path)
     again = {**pair("", 3), "id": "folded-again", "chosen": pair("", 3)["chosen"].upper() + "!"}
@@ -200,7 +211,7 @@ def test_a_dropped_row_is_nobodys_original(tmp_path: Path, store: Store) -> None
     a = pair("a", 80)
     words = a["chosen"].split()
     b = {**a, "id": "b", "chosen": " ".join([*words, "x", "y", "z", "u", "v"])}
-    c = {**a, "id": "c", "chosen": " ".join([*words, "x", "y", "z", "u", "v", *"qrstw"])}
+    c = {**a, "id": "c", "chosen": " ".join([*words, "x", "y", "z", "u", "v", *"qrswp"])}
     report = add(store, write(tmp_path / "new.jsonl", [a, b, c]))
     assert set(rows_of(store, "new")) == {"a", "c"}
     assert report.excluded[0]["reason"].startswith("repeats a of new")
