@@ -30,13 +30,15 @@ from rlhf.processes import STOP
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand: what `rlhf --help` says, its positionals, and keys that are not settings."""
+    """A subcommand: what `rlhf --help` says, its positionals, and keys that are not settings.
+
+    `repeated`: any number of positionals; `optional`: also none.
+    """
 
     summary: str
     positionals: tuple[str, ...] = ()
     repeated: bool = False
-    unless: str = ""
-    """A setting that takes the place of the positionals."""
+    optional: bool = False
     extra: dict[str, str] = field(default_factory=dict)
     needs_run: bool = True
 
@@ -58,11 +60,21 @@ COMMANDS = {
     "stage": Command("run one node of a run's frozen plan", ("NODE",)),
     "plan": Command("print nodes, inputs and state"),
     "status": Command("print where each node stands", extra={"verify": "false"}),
-    "ingest": Command(
-        "validate files and add them to the store; ingest.retract=IDS withdraws rows",
-        ("FILE",),
+    "ingest": Command("validate files and add them to the store", ("FILE",), True, needs_run=False),
+    "drift": Command(
+        "tell what changed in batches, or in files not ingested yet",
+        ("BATCH|FILE",),
         repeated=True,
-        unless="ingest.retract",
+        optional=True,
+        extra={"against": ""},
+        needs_run=False,
+    ),
+    "quality": Command(
+        "tell how annotators or sources judge",
+        ("BATCH",),
+        repeated=True,
+        optional=True,
+        extra={"by": "annotator"},
         needs_run=False,
     ),
     "report": Command("print tables and write report.json"),
@@ -127,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def help_text() -> str:
     """Return the text of `rlhf --help`."""
     rows = [(f"{name} {_usage(command)}".strip(), command) for name, command in COMMANDS.items()]
-    lines = (f"  {left:28}{command.summary}" for left, command in rows)
+    lines = (f"  {left:34}{command.summary}" for left, command in rows)
     return HELP.format(commands="\n".join(lines))
 
 
@@ -154,8 +166,7 @@ def parse(arguments: Sequence[str]) -> Call:
             raise ConfigError(f"{text} is not key=value: write rlhf {name} {_usage(command)}")
         is_value = text in ("--cfg", "-c", "--package", "-p", "--info", "-i")
     wants_help = any(text in ("--help", "-h", "--hydra-help", "--cfg", "-c") for text in overrides)
-    is_replaced = any(text.partition("=")[0] == command.unless for text in overrides)
-    if len(positionals) < room and not wants_help and not is_replaced:
+    if len(positionals) < room and not wants_help and not command.optional:
         missing = " ".join(command.positionals[len(positionals) :])
         raise ConfigError(f"{missing} is missing: write rlhf {name} {_usage(command)}")
     return Call(name, tuple(positionals), extra, tuple(overrides))
@@ -175,6 +186,7 @@ def execute(call: Call) -> int:
 
 def _usage(command: Command) -> str:
     names = [f"{name}..." if command.repeated else name for name in command.positionals]
+    names = [f"[{name}]" if command.optional else name for name in names]
     return " ".join([*names, *(f"{key}=..." for key in command.extra)])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from rlhf import runner
+from rlhf import datacheck, runner
 from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
 from rlhf.data.corrections import withdraw
@@ -240,27 +240,34 @@ def ingest(config: Config, *files: str) -> int:
         return 0
     out = console()
     for file in files:
-        with show_work(out) as progress:
-            ingested = ingest_file(
-                Path(file),
-                store,
-                kind=kind,
-                id=settings.id,
-                on_bad_row=settings.on_bad_row,
-                axis=settings.axis,
-                heldout_share=config.data.heldout_share,
-                heldout_salt=config.data.heldout_salt,
-                max_chars=settings.max_chars,
-                is_safety_default=config.data.is_safety_default,
-                repeats=RepeatRules.of(settings),
-                supersedes=settings.supersedes,
-                reason=settings.reason,
-                progress=progress,
-            )
-        out.print(ingested.message, markup=False)
-        if settings.supersedes is not None and ingested.added:
-            stone = next(s for s in store.tombstones() if s.by == ingested.id)
-            show_usage(config, store, stone, out)
+        store = Store(Path(config.paths.store), settings.stream)
+        ingested = ingest_file(
+            Path(file),
+            store,
+            kind=kind,
+            id=settings.id,
+            on_bad_row=settings.on_bad_row,
+            axis=settings.axis,
+            heldout_share=config.data.heldout_share,
+            heldout_salt=config.data.heldout_salt,
+            max_chars=settings.max_chars,
+            is_safety_default=config.data.is_safety_default,
+        )
+        console().print(ingested.message, markup=False)
+        if ingested.added and ingested.kind is Kind.batch:
+            line = datacheck.batch_headline(config, store, ingested.id)
+            console().print(line, markup=False, highlight=False)
+    return 0
+
+
+def drift(config: Config, *names: str, against: str) -> int:
+    others = [name for name in against.split(",") if name]
+    datacheck.show_drift(datacheck.report_drift(config, names, against=others), console())
+    return 0
+
+
+def quality(config: Config, *batches: str, by: str) -> int:
+    datacheck.show_quality(datacheck.report_quality(config, batches, by=by), console())
     return 0
 
 
@@ -331,6 +338,8 @@ HANDLERS: Mapping[str, Callable[..., Any]] = {
     "plan": plan,
     "status": status,
     "ingest": ingest,
+    "drift": drift,
+    "quality": quality,
     "report": report,
     "promote": promote,
     "export": export,

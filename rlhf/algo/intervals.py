@@ -50,6 +50,19 @@ def wilson(successes: float, n: float, z: float) -> Interval:
     return Interval(p, max(0.0, low), min(1.0, high))
 
 
+def effective_size(interval: Interval, *, level: float) -> float:
+    """Return the number of independent rows that gives a Wilson interval of this width.
+
+    With w = high - low, q = 1 - p and u = z^2 / n, the width says
+    (w^2 - 1) u^2 + (2 w^2 - 4 p q) u + w^2 = 0, whose positive root is u.
+    """
+    p, width = interval.mean, interval.high - interval.low
+    assert 0.0 < width < 1.0, f"an interval of width {width} has no size"
+    a, b, c = width**2 - 1.0, 2.0 * width**2 - 4.0 * p * (1.0 - p), width**2
+    u = (-b - math.sqrt(b * b - 4.0 * a * c)) / (2.0 * a)
+    return _normal_quantile(level) ** 2 / u
+
+
 def proportion_interval(
     successes: Sequence[float], clusters: Sequence[Hashable], *, level: float = 0.95
 ) -> Interval:

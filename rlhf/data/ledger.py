@@ -2,9 +2,8 @@
 
 <root>/<stream>/stream.json                          held-out share and salt, fixed by the first
 <root>/<stream>/<batches|open|sft|prompts>/<id>/     rows.parquet refused.jsonl excluded.jsonl
-                                                     manifest.json, renamed into place as one;
-                                                     tombstone.json too where it is a correction
-<root>/<stream>/tombstones/<number>.json             withdrawn rows
+                                                     profile.json (batches) manifest.json,
+                                                     renamed into place as one
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from rlhf.artifacts import (
     write_json,
     write_jsonl,
 )
+from rlhf.data.keys import Keys, Record
+from rlhf.data.profile import write_profile
 from rlhf.data.records import Comparison, Conversation, Kind, Prompt
 from rlhf.data.tombstones import FILE, FOLDER, Tombstone, dead_ids, read_tombstone
 from rlhf.errors import ArtifactError, DataError
@@ -256,6 +257,8 @@ class Store:
                 write_json(self.folder / "stream.json", split)
             with atomic_folder(self.path(entry.kind, entry.id)) as folder:
                 _write_rows(folder / ROWS, entry.kind, entry.rows)
+                if entry.kind is Kind.batch:
+                    write_profile(folder, batch=entry.id, is_first=not self.ids(Kind.batch))
                 write_jsonl(folder / "refused.jsonl", entry.refused)
                 write_jsonl(folder / "excluded.jsonl", entry.excluded)
                 for write in entry.beside:
