@@ -32,6 +32,9 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.plan import Plan
 from rlhf.runner import read_plan
 
+MIN_WIDTH = 120
+"""Columns of a table that is written to a file or a pipe, whose width rich cannot know."""
+
 COLOURS = {AS_EXPECTED: "green", LOOK: "yellow", STOP: "red"}
 """Colour of each verdict in a table."""
 
@@ -174,6 +177,7 @@ def _lend(source: Store, scratch: Store) -> None:
 
 def show_drift(reports: Sequence[Mapping[str, Any]], out: Console) -> None:
     """Print one table per report."""
+    _widen(out)
     for report in reports:
         against = ", ".join(report["against"]) or "nothing: it is the first batch"
         title = f"{report['batch']} ({report['rows']} comparisons) against {against}"
@@ -242,9 +246,11 @@ def _scores(source: Source) -> dict[tuple[str, str], tuple[float, float]]:
 
 def show_quality(report: Mapping[str, Any], out: Console) -> None:
     """Print a row per annotator or source, then the flags."""
-    short = ("sig.", "better", "slightly", "negl.")
-    columns = (report["by"], "n", "prompts", *short, "ties", "longer preferred", "agreement")
-    table = Table(*columns, title=f"quality by {report['by']}")
+    _widen(out)
+    short = ("sig.", "better", "slightly", "negl.", "ties", "longer preferred", "agreement")
+    table = Table(Column(report["by"], overflow="fold"), title=f"quality by {report['by']}")
+    for name in ("n", "prompts", *short):
+        table.add_column(name, justify="right")
     for row in report["rows"]:
         graded = sum(row["strengths"][name] for name in STRENGTHS)
         shares = [row["strengths"][name] / graded if graded else None for name in STRENGTHS]
@@ -267,4 +273,9 @@ def _interval(value: Mapping[str, Any]) -> str:
     if not value["n"]:
         return ""
     mean, low, high = (f"{100 * value[key]:.0f}" for key in ("mean", "low", "high"))
-    return f"{mean} % ({low} to {high}) of {value['n']}"
+    return f"{mean} % ({low} to {high})"
+
+
+def _widen(out: Console) -> None:
+    if not out.is_terminal:
+        out.width = max(out.width, MIN_WIDTH)

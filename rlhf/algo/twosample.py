@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+Labels = NDArray[np.integer[Any]]
 
 CELLS_AT_ONCE = 1 << 20
 """Cells of the cluster-by-category table that are held at a time."""
@@ -66,17 +66,22 @@ class Test(NamedTuple):
     error_freedom: float
 
 
-def category_sums(codes: Integers, clusters: Integers, *, num_categories: int) -> ClusterSums:
-    """Sum one category per row: `codes` [N] in 0..K-1 and any integer label `clusters` [N]."""
+def category_sums(codes: Labels, clusters: Labels, *, num_categories: int) -> ClusterSums:
+    """Sum one category per row: `codes` [N] in 0..K-1 and any integer label `clusters` [N].
+
+    Fastest where the rows are sorted by cluster.
+    """
     numbers, sizes = _number(clusters)
-    order = np.argsort(numbers, kind="stable")
-    codes, numbers = codes[order], numbers[order]
+    if not _is_sorted(numbers):
+        order = np.argsort(numbers, kind="stable")
+        codes, numbers = codes[order], numbers[order]
     products = np.zeros((num_categories, num_categories))
     block = max(1, CELLS_AT_ONCE // num_categories)
     for first in range(0, len(sizes), block):
         count = min(block, len(sizes) - first)
         start, stop = np.searchsorted(numbers, (first, first + count))
-        cells = (numbers[start:stop] - first) * num_categories + codes[start:stop]
+        cells = (numbers[start:stop] - first).astype(np.int64) * num_categories
+        cells += codes[start:stop]
         table = np.bincount(cells, minlength=count * num_categories).astype(np.float64)
         table = table.reshape(count, num_categories)
         products += table.T @ table
@@ -99,7 +104,7 @@ def category_sums_of(counts: Floats, products: Floats, *, clusters: float) -> Cl
     )
 
 
-def vector_sums(vectors: Floats, clusters: Integers) -> ClusterSums:
+def vector_sums(vectors: Floats, clusters: Labels) -> ClusterSums:
     """Sum one vector per row: `vectors` [N, K], `clusters` [N]."""
     numbers, sizes = _number(clusters)
     totals = np.zeros((len(sizes), vectors.shape[1]))
@@ -146,28 +151,72 @@ def difference_test(
 ) -> Test:
     """Test whether two samples of clusters have the same mean vector.
 
-    `spread` is tr(M S) with S the covariance of a single row: clusters that agree by luck are as
-    good as independent rows, never better. The pooled mean is the center of both covariances, as in
-    a score test. `repeats` is how often a cluster of the second sample stands in its sums on
-    average: it then holds that many clusters less. Needs two clusters on each side.
+    The pooled mean is the center of both covariances, as in a score test. `spread` is tr(M S) with
+    S the covariance of a single row. A small sample may miss a rare category and then seems to vary
+    less than it does, so each side varies at least as much as clusters of its sizes do whose rows
+    are as alike as in both samples together (`_likeness`), and never less than independent rows.
+    `repeats` is how often a cluster of the second sample stands in its sums on average: it then
+    holds that many clusters less. Needs two clusters on each side.
     """
-    assert min(first.clusters, second.clusters) >= 2, "a test needs two clusters on each side"
+    sides = (first, second)
+    assert min(side.clusters for side in sides) >= 2, "a test needs two clusters on each side"
     difference = first.mean - second.mean
     quadratic = float(difference @ metric @ difference)
+    if quadratic <= 0.0 or spread <= 0.0:
+        return Test(0.0, 1.0, 1.0, 1.0)
     center = (first.sums + second.sums) / (first.rows + second.rows)
     parts = [metric @ first.covariance(center), repeats * metric @ second.covariance(center)]
-    traces = [float(np.trace(part)) for part in parts]
     both = parts[0] + parts[1]
-    trace, square = sum(traces), float((both * both.T).sum())
-    if quadratic <= 0.0 or trace <= 0.0:
-        return Test(0.0, 1.0, 1.0, 1.0)
-    freedom = trace**2 / square
+    freedom = float(np.trace(both) ** 2 / (both * both.T).sum())
+    likeness = _likeness(sides, metric, center, spread)
+    least = [
+        spread / side.rows * (1.0 + (side.squares / side.rows - 1.0) * likeness) for side in sides
+    ]
+    traces = [
+        max(float(np.trace(parts[0])), least[0]),
+        max(float(np.trace(parts[1])), repeats * least[1]),
+    ]
     clusters = (first.clusters, max(2.0, second.clusters / repeats))
     weakest = sum(part**2 / (count - 1) for part, count in zip(traces, clusters, strict=True))
-    error_freedom = freedom * trace**2 / weakest
-    expected = max(trace, spread * (1.0 / first.rows + 1.0 / second.rows))
-    statistic = quadratic / expected
+    error_freedom = freedom * sum(traces) ** 2 / weakest
+    statistic = quadratic / sum(traces)
     return Test(statistic, f_tail(statistic, freedom, error_freedom), freedom, error_freedom)
+
+
+def _likeness(sides: Sequence[ClusterSums], metric: Floats, center: Floats, spread: float) -> float:
+    """Return the correlation of two rows of one cluster, over both samples; 0 to 1.
+
+    From trace_g = spread / n_g (1 + (m_g - 1) rho) with m_g = sum n_c^2 / n_g (Kish 1965), weighed
+    by the number of clusters.
+    """
+    found = total = 0.0
+    for side in sides:
+        size = side.squares / side.rows
+        if size > 1.0:
+            effect = float(np.trace(metric @ side.covariance(center))) * side.rows / spread
+            found += side.clusters * (effect - 1.0) / (size - 1.0)
+            total += side.clusters
+    return min(1.0, max(0.0, found / total)) if total else 0.0
+
+
+def shares_test(
+    first: ClusterSums, second: ClusterSums, *, ordered: bool = False, repeats: float = 1.0
+) -> Test:
+    """Test whether two samples have the same shares of K categories, or of K ordered bins.
+
+    Categories that neither sample has play no part.
+    """
+    kept = np.flatnonzero(first.sums + second.sums)
+    if len(kept) < 2:
+        return Test(0.0, 1.0, 1.0, 1.0)
+    one, other = (
+        category_sums_of(side.sums[kept], side.products[np.ix_(kept, kept)], clusters=side.clusters)
+        for side in (first, second)
+    )
+    shares = (one.sums + other.sums) / (one.rows + other.rows)
+    metric = ordered_metric(shares) if ordered else categorical_metric(shares)
+    spread = independent_spread(metric, shares)
+    return difference_test(one, other, metric, spread=spread, repeats=repeats)
 
 
 class Difference(NamedTuple):
@@ -180,7 +229,7 @@ class Difference(NamedTuple):
 
 
 def stratified_difference(
-    values: Floats, is_first: NDArray[np.bool_], strata: Integers, clusters: Integers
+    values: Floats, is_first: NDArray[np.bool_], strata: Labels, clusters: Labels
 ) -> Difference | None:
     """Compare the mean of the first group with the others', inside strata and clustered.
 
@@ -244,7 +293,15 @@ def f_tail(statistic: float, freedom: float, error_freedom: float) -> float:
     return float(fdtrc(freedom, error_freedom, statistic))
 
 
-def _number(labels: Integers) -> tuple[Integers, Floats]:
+def _number(labels: Labels) -> tuple[Labels, Floats]:
     """Return a number in 0..C-1 for every row and the size of every cluster."""
-    _, numbers, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    return numbers.astype(np.int64), sizes.astype(np.float64)
+    if _is_sorted(labels):
+        starts = np.concatenate([[True], labels[1:] != labels[:-1]])[: len(labels)]
+        numbers = np.cumsum(starts, dtype=np.int32) - 1
+    else:
+        numbers = np.unique(labels, return_inverse=True)[1].astype(np.int32)
+    return numbers, np.bincount(numbers).astype(np.float64)
+
+
+def _is_sorted(labels: Labels) -> bool:
+    return bool((labels[1:] >= labels[:-1]).all())

@@ -76,10 +76,9 @@ def arrival_line(arrival: Arrival) -> dict[str, Any]:
         "effect": abs(difference),
         "thresholds": thresholds if difference < 0 else thresholds._replace(stop=math.inf),
     }
-    words = "agrees less than expected" if difference < 0 else "agrees at least as expected"
     line["text"] = (
-        f"{line['title']}: {words}, {100 * accuracy:.0f} % of {now[None]['n']} where its held-out "
-        f"accuracy at the same strengths is {100 * expected:.0f} %"
+        f"{line['title']}: {100 * accuracy:.0f} % of {now[None]['n']}, where its held-out accuracy "
+        f"on earlier batches, at the same strengths, is {100 * expected:.0f} %"
     )
     return line
 

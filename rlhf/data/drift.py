@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from rlhf.algo.twosample import (
     Test,
-    categorical_metric,
     difference_test,
     holm,
-    independent_spread,
-    ordered_metric,
+    shares_test,
 )
 from rlhf.data.arrival import Arrival, arrival_line
 from rlhf.data.profile import (
@@ -164,7 +162,7 @@ def _line(aspect: Aspect, profile: Profile, earlier: Sequence[Profile], repeats:
         few = int(min(now.sums.clusters, before.sums.clusters))
         line["text"] = f"{aspect.title}: {few} prompts are too few to tell"
         return line
-    test = _compare(now, before, ordered=aspect.ordered, repeats=repeats)
+    test = shares_test(now.sums, before.sums, ordered=aspect.ordered, repeats=repeats)
     line |= {"statistic": test.statistic, "p_value": test.p_value}
     line["effect"] = _effect(now, before, ordered=aspect.ordered)
     line["thresholds"] = SHARES
@@ -186,6 +184,7 @@ def _empty_line(name: str, title: str) -> Line:
 def _judge(line: Line) -> None:
     """Fill in the verdict from p-value, effect and thresholds, and say so where nothing changed."""
     p_value, effect, thresholds = line["p_value"], line["effect"], line.pop("thresholds")
+    quiet = line.pop("quiet", line["text"])
     line["verdict"] = AS_EXPECTED
     if p_value is None:
         return
@@ -194,9 +193,9 @@ def _judge(line: Line) -> None:
     elif p_value < LOOK_LEVEL and effect >= thresholds.look:
         line["verdict"] = LOOK
     elif p_value >= LOOK_LEVEL:
-        line["text"] += " (within chance)"
+        line["text"] = f"{quiet} (within chance)"
     else:
-        line["text"] += " (small)"
+        line["text"] = f"{line['text']} (small)"
 
 
 def _aligned(
@@ -205,15 +204,6 @@ def _aligned(
     """Return both sides over the same categories."""
     names = sorted({name for side in (part, *parts) for name in side["names"]})
     return merged_measure([part], names), merged_measure(parts, names)
-
-
-def _compare(now: Measure, before: Measure, *, ordered: bool, repeats: float) -> Test:
-    shares = (now.sums.sums + before.sums.sums) / (now.sums.rows + before.sums.rows)
-    if len(shares) < 2:
-        return Test(0.0, 1.0, 1.0, 1.0)
-    metric = ordered_metric(shares) if ordered else categorical_metric(shares)
-    spread = independent_spread(metric, shares)
-    return difference_test(now.sums, before.sums, metric, spread=spread, repeats=repeats)
 
 
 def _effect(now: Measure, before: Measure, *, ordered: bool) -> float:
@@ -269,7 +259,8 @@ def _told(aspect: Aspect, now: Measure, before: Measure) -> str:
         return f"median {earlier:.0f} -> {value:.0f} characters"
     if aspect.shown:
         return f"{aspect.told} {percent(earlier)} -> {percent(value)} of {aspect.of}"
-    names = sorted({*value, *earlier}, key=lambda n: -abs(value.get(n, 0) - earlier.get(n, 0)))
+    changes = {name: round(value.get(name, 0.0) - earlier.get(name, 0.0), 6) for name in now.names}
+    names = sorted(changes, key=lambda name: (-abs(changes[name]), -changes[name], name))
     parts = []
     for name in names[:MAX_CHANGES]:
         share, was = value.get(name, 0.0), earlier.get(name, 0.0)
@@ -311,6 +302,7 @@ def _vocabulary_line(profile: Profile, earlier: Sequence[Profile], repeats: floa
         for title, words in (("more", more), ("less", less))
         if words
     ]
+    line["quiet"] = "vocabulary: no change"
     line["text"] = f"vocabulary: {'; '.join(parts) or 'no word moved by a point'}"
     return line
 

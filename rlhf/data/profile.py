@@ -2,14 +2,14 @@
 
 A profile is JSON (`profile.json` beside rows.parquet). Every measure holds counts by category and,
 for tests that know that rows of one prompt belong together, the products sum_c y_c y_c' of the
-counts y_c per prompt c. Memory is some 30 bytes a row beside a chunk of a few thousand rows.
+counts y_c per prompt c. Memory is some 30 bytes a row beside a chunk of a thousand rows.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ FORMAT = 1
 Profile = dict[str, Any]
 Integers = NDArray[np.int64]
 
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 1024
+READ_BYTES = 1 << 20
 MAX_NAMED = 32
 """Sources that are counted by name; the rarer ones are counted together as OTHERS."""
 MAX_ANNOTATORS = 1000
@@ -89,10 +90,20 @@ def profile_rows(path: Path, *, batch: str, is_first: bool) -> Profile:
     """
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        scan = _Scan(file.metadata.num_rows)
-        for chunk in file.iter_batches(batch_size=CHUNK_ROWS, columns=list(COLUMNS)):
-            scan.add(chunk)
+    # Buffered reading streams pages; otherwise a row group's columns would be held whole.
+    with pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
+        chunks = file.iter_batches(CHUNK_ROWS, columns=list(COLUMNS), use_threads=False)
+        num_rows = file.metadata.num_rows
+        return profile_chunks(chunks, num_rows=num_rows, batch=batch, is_first=is_first)
+
+
+def profile_chunks(
+    chunks: Iterable[pa.RecordBatch], *, num_rows: int, batch: str, is_first: bool
+) -> Profile:
+    """Compute the profile of comparisons that come in chunks with at least COLUMNS."""
+    scan = _Scan(num_rows)
+    for chunk in chunks:
+        scan.add(chunk)
     return scan.profile(batch, is_first=is_first)
 
 
@@ -174,10 +185,9 @@ class _Scan:
         self.prompts = np.empty(num_rows, dtype=np.uint64)
         self.codes = {
             name: np.empty(num_rows, dtype=np.int8)
-            for name in ("strength", "axis", "safety_bins", "ties", "longer", "new_prompts")
+            for name in (*NAMES, *LONGER[:2])
+            if name != "response_length"
         }
-        self.codes |= {name: np.empty(num_rows, dtype=np.int8) for name in ("turns", "prompt")}
-        self.codes |= {name: np.empty(num_rows, dtype=np.int8) for name in LONGER[:2]}
         self.sources = np.empty(num_rows, dtype=np.int32)
         self.source_names: dict[str, int] = {}
         self.annotators: Counter[str] = Counter()
@@ -204,41 +214,43 @@ class _Scan:
 
     def profile(self, batch: str, *, is_first: bool) -> Profile:
         """Return the profile of all rows that were added."""
-        distinct, clusters = np.unique(self.prompts, return_inverse=True)
-        rated = np.flatnonzero(
-            (self.codes["axis"] == AXES.index("safety"))
-            | (self.codes["safety_bins"] != len(NAMES["safety_bins"]) - 1)
+        self._sort()
+        starts = np.concatenate([[True], self.prompts[1:] != self.prompts[:-1]])
+        clusters = np.cumsum(starts, dtype=np.int32) - 1
+        rated = (self.codes["axis"] == AXES.index("safety")) | (
+            self.codes["safety_bins"] != len(NAMES["safety_bins"]) - 1
         )
-        decided = np.flatnonzero(self.codes["ties"] == 1)
-        everything = slice(None)
-        rows: dict[str, Any] = dict.fromkeys(
-            ("strength", "axis", "ties", "turns", "new_prompts"), everything
-        )
-        rows |= {"safety_bins": rated, "longer": decided}
         measures = {
-            name: _measure(NAMES[name], self.codes[name][which], clusters[which])
-            for name, which in rows.items()
+            name: _measure(NAMES[name], self.codes[name], clusters)
+            for name in ("strength", "axis", "ties", "turns", "prompt_length", "new_prompts")
             if not (is_first and name == "new_prompts")
         }
-        names, codes = self._named_sources()
-        measures["source"] = _measure(names, codes, clusters)
-        measures["prompt_length"] = _measure(NAMES["prompt_length"], self.codes["prompt"], clusters)
+        for name, counted in (("safety_bins", rated), ("longer", self.codes["ties"] == 1)):
+            measures[name] = _measure(NAMES[name], self.codes[name][counted], clusters[counted])
+        measures["source"] = _measure(*self._named_sources(), clusters)
+        responses = np.stack([self.codes[side] for side in LONGER[:2]], axis=1).ravel()
         measures["response_length"] = _measure(
-            NAMES["response_length"],
-            np.concatenate([self.codes[side] for side in LONGER[:2]]),
-            np.concatenate([clusters, clusters]),
+            NAMES["response_length"], responses, np.repeat(clusters, 2)
         )
-        is_new = np.zeros(len(distinct), dtype=bool)
-        is_new[clusters[self.codes["new_prompts"] == 0]] = True
+        num_prompts = int(clusters[-1]) + 1
+        is_new = np.bincount(clusters[self.codes["new_prompts"] == 0], minlength=num_prompts) > 0
         return {
             "format": FORMAT,
             "batch": batch,
             "rows": self.num_rows,
-            "prompts": {"distinct": len(distinct), "new": int(is_new.sum())},
+            "prompts": {"distinct": num_prompts, "new": int(is_new.sum())},
             "measures": {name: measure.to_json() for name, measure in sorted(measures.items())},
             "annotators": dict(self.annotators.most_common(MAX_ANNOTATORS)),
             "vocabulary": self._words(),
         }
+
+    def _sort(self) -> None:
+        """Bring the rows of each prompt together."""
+        order = np.argsort(self.prompts).astype(np.int32)
+        self.prompts = self.prompts[order]
+        self.sources = self.sources[order]
+        for name, values in self.codes.items():
+            self.codes[name] = values[order]
 
     def _source_codes(self, column: pa.Array) -> Integers:
         encoded = column.dictionary_encode()
@@ -246,13 +258,13 @@ class _Scan:
         table = [known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()]
         return np.array(table)[encoded.indices.to_numpy()]
 
-    def _named_sources(self) -> tuple[tuple[str, ...], Integers]:
+    def _named_sources(self) -> tuple[tuple[str, ...], NDArray[Any]]:
         """Return the most frequent sources, the rest under one name, and each row's code."""
         names = list(self.source_names)
         counts = np.bincount(self.sources, minlength=len(names))
         ranked = sorted(range(len(names)), key=lambda i: (-counts[i], names[i]))
         kept = ranked[:MAX_NAMED]
-        table = np.full(len(names), len(kept))
+        table = np.full(len(names), len(kept), dtype=np.int8)
         table[kept] = np.arange(len(kept))
         return (*(names[i] for i in kept), OTHERS), table[self.sources]
 
@@ -271,8 +283,8 @@ class _Scan:
         }
 
 
-def _measure(names: Sequence[Any], codes: NDArray[Any], clusters: Integers) -> Measure:
-    sums = category_sums(codes.astype(np.int64), clusters, num_categories=len(names))
+def _measure(names: Sequence[Any], codes: NDArray[Any], clusters: NDArray[Any]) -> Measure:
+    sums = category_sums(codes, clusters, num_categories=len(names))
     return Measure(tuple(names), sums)
 
 
@@ -291,7 +303,7 @@ def _codes(chunk: pa.RecordBatch) -> dict[str, NDArray[Any]]:
         "longer": np.select([chosen > rejected, chosen < rejected], [0, 1], 2),
         "new_prompts": chunk.column("repeat_prompt").cast("int8").to_numpy(),
         "turns": np.clip(turns, 1, MAX_TURNS) - 1,
-        "prompt": length_bins(prompt_chars),
+        "prompt_length": length_bins(prompt_chars),
         "chosen": length_bins(chosen),
         "rejected": length_bins(rejected),
     }

@@ -9,6 +9,7 @@ compared again, so that one odd annotator with many rows does not make the other
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,8 @@ from numpy.typing import NDArray
 
 from rlhf.algo.intervals import proportion_interval
 from rlhf.algo.twosample import (
-    categorical_metric,
     category_sums,
-    category_sums_of,
-    difference_test,
-    independent_spread,
+    shares_test,
     stratified_difference,
 )
 from rlhf.data.records import STRENGTHS
@@ -41,7 +39,7 @@ STRENGTH_DISTANCE = 0.25
 """Smallest total variation between a name's strengths and the others' that is flagged."""
 
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+Integers = NDArray[np.integer[Any]]
 Row = dict[str, Any]
 
 
@@ -74,6 +72,8 @@ class _Columns:
     strata: Integers
     clusters: Integers
     rates: Mapping[str, Floats]
+    rows_of: Sequence[Integers]
+    """Positions of every name's rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,7 @@ def _columns(rows: Iterable[Mapping[str, Any]], by: str) -> _Columns:
     names: dict[str, int] = {}
     strata: dict[tuple[str, ...], int] = {}
     prompts: dict[str, int] = {}
-    codes: list[tuple[int, int, int, int]] = []
-    rates: list[tuple[float, float, float]] = []
+    codes, rates = array("i"), array("d")
     strength_codes = {name: i for i, name in enumerate(STRENGTHS)}
     for row in rows:
         name = row[by]
@@ -112,7 +111,7 @@ def _columns(rows: Iterable[Mapping[str, Any]], by: str) -> _Columns:
             continue
         # A source is what a stratum would hold fixed, when sources are what is compared.
         kind = (row["axis"],) if by == "source" else (row["axis"], row["source"])
-        codes.append(
+        codes.extend(
             (
                 names.setdefault(name, len(names)),
                 strength_codes.get(row["strength"], len(STRENGTHS)),
@@ -120,12 +119,14 @@ def _columns(rows: Iterable[Mapping[str, Any]], by: str) -> _Columns:
                 prompts.setdefault(row["prompt"], len(prompts)),
             )
         )
-        rates.append(_rates(row))
-    table = np.array(codes, dtype=np.int64).reshape(-1, 4)
+        rates.extend(_rates(row))
+    table = np.array(codes, dtype=np.int32).reshape(-1, 4)
     values = np.array(rates, dtype=np.float64).reshape(-1, len(RATES))
     owners, strengths, kinds, clusters = table.T
     measured = {rate.key: values[:, i] for i, rate in enumerate(RATES)}
-    return _Columns(list(names), owners, strengths, kinds, clusters, measured)
+    ends = np.cumsum(np.bincount(owners, minlength=len(names)))[:-1]
+    rows_of = np.split(np.argsort(owners, kind="stable"), ends)
+    return _Columns(list(names), owners, strengths, kinds, clusters, measured, rows_of)
 
 
 def _rates(row: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -145,12 +146,12 @@ def _prefers(chosen: Any, rejected: Any) -> float:
 
 def _row(columns: _Columns, owner: int, level: float, flags: list[str]) -> Row:
     """Return the report's row of one name."""
-    own = columns.owners == owner
+    own = columns.rows_of[owner]
     counts = np.bincount(columns.strengths[own], minlength=len(STRENGTHS) + 1).tolist()
     strengths = dict(zip((*STRENGTHS, UNGRADED), counts, strict=True))
     row: Row = {
         "name": columns.names[owner],
-        "n": int(own.sum()),
+        "n": len(own),
         "prompts": len(np.unique(columns.clusters[own])),
         "strengths": {name: n for name, n in strengths.items() if n or name != UNGRADED},
     }
@@ -158,7 +159,7 @@ def _row(columns: _Columns, owner: int, level: float, flags: list[str]) -> Row:
         values = columns.rates[rate.key][own]
         counted = ~np.isnan(values)
         interval = proportion_interval(
-            values[counted], columns.clusters[own][counted].tolist(), level=level
+            values[counted].tolist(), columns.clusters[own][counted].tolist(), level=level
         )
         limits = {k: None if math.isnan(v) else v for k, v in interval._asdict().items()}
         row[rate.key] = {**limits, "n": int(counted.sum())}
@@ -170,15 +171,23 @@ def _flags(columns: _Columns, level: float) -> list[list[str]]:
     found: list[list[str]] = [[] for _ in columns.names]
     tests = len(columns.names) * (len(RATES) + 1)
     largest = (1.0 - level) / max(tests, 1)
-    for check in range(len(RATES) + 1):
+    strengths = np.where(columns.strengths < len(STRENGTHS), columns.strengths, math.nan)
+    for check in (*RATES, None):
+        values = strengths if check is None else columns.rates[check.key]
+        reference = np.flatnonzero(~np.isnan(values))
+        if len(reference) > MAX_REFERENCE:
+            drawn = np.linspace(0, len(reference) - 1, MAX_REFERENCE)
+            reference = reference[drawn.astype(np.int64)]
         compared = list(range(len(columns.names)))
         while len(compared) > 1:
-            findings = {i: _finding(columns, check, i, compared) for i in compared}
-            flagged = {
-                i: item
-                for i, item in findings.items()
-                if item is not None and item.is_large and item.p_value <= largest
-            }
+            reference = reference[np.isin(columns.owners[reference], compared)]
+            flagged = {}
+            for i in compared:
+                own = columns.rows_of[i][~np.isnan(values[columns.rows_of[i]])]
+                rest = reference[columns.owners[reference] != i]
+                item = _finding(columns, check, own, rest)
+                if item is not None and item.is_large and item.p_value <= largest:
+                    flagged[i] = item
             if not flagged:
                 break
             worst = min(flagged, key=lambda i: flagged[i].p_value)
@@ -189,25 +198,16 @@ def _flags(columns: _Columns, level: float) -> list[list[str]]:
     return found
 
 
-def _finding(columns: _Columns, check: int, owner: int, compared: Sequence[int]) -> _Finding | None:
-    """Compare one name with the other compared ones; None where there are too few rows."""
-    strengths = check == len(RATES)
-    values = (
-        np.where(columns.strengths < len(STRENGTHS), columns.strengths, math.nan)
-        if strengths
-        else columns.rates[RATES[check].key]
-    )
-    counted = ~np.isnan(values)
-    own = np.flatnonzero(counted & (columns.owners == owner))
-    rest = np.flatnonzero(counted & np.isin(columns.owners, compared) & (columns.owners != owner))
-    if len(rest) > MAX_REFERENCE:
-        rest = rest[np.linspace(0, len(rest) - 1, MAX_REFERENCE).astype(np.int64)]
+def _finding(
+    columns: _Columns, check: Rate | None, own: Integers, rest: Integers
+) -> _Finding | None:
+    """Compare a name's rows with the others', by strengths for None; None if there are too few."""
     for side in (own, rest):
         if len(side) < MIN_ROWS or len(np.unique(columns.clusters[side])) < MIN_PROMPTS:
             return None
-    if strengths:
+    if check is None:
         return _strength_finding(columns, own, rest)
-    return _rate_finding(columns, RATES[check], own, rest)
+    return _rate_finding(columns, check, own, rest)
 
 
 def _rate_finding(columns: _Columns, rate: Rate, own: Integers, rest: Integers) -> _Finding | None:
@@ -229,27 +229,19 @@ def _rate_finding(columns: _Columns, rate: Rate, own: Integers, rest: Integers) 
     return _Finding(found.p_value, text, is_large)
 
 
-def _strength_finding(columns: _Columns, own: Integers, rest: Integers) -> _Finding | None:
+def _strength_finding(columns: _Columns, own: Integers, rest: Integers) -> _Finding:
     sides = [
         category_sums(
             columns.strengths[side], columns.clusters[side], num_categories=len(STRENGTHS)
         )
         for side in (own, rest)
     ]
-    kept = np.flatnonzero(sides[0].sums + sides[1].sums)
-    if len(kept) < 2:
-        return None
-    first, second = (
-        category_sums_of(side.sums[kept], side.products[np.ix_(kept, kept)], clusters=side.clusters)
-        for side in sides
-    )
-    shares = (first.sums + second.sums) / (first.rows + second.rows)
-    metric = categorical_metric(shares)
-    test = difference_test(first, second, metric, spread=independent_spread(metric, shares))
+    first, second = sides
+    test = shares_test(first, second)
     change = first.mean - second.mean
     most = int(np.argmax(change))
     text = (
-        f"says {STRENGTHS[kept[most]]} in {_percent(first.mean[most])} of {len(own)}, "
+        f"says {STRENGTHS[most]} in {_percent(first.mean[most])} of {len(own)}, "
         f"others in {_percent(second.mean[most])}"
     )
     distance = float(0.5 * np.abs(change).sum())

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DIMENSIONS = 64
-MAX_ROWS = 10_000
+MAX_ROWS = 5_000
 """Comparisons of a batch whose words are looked at, drawn by the hash of their texts: the same ones
 in any order of the rows."""
 NUM_WORDS = 800
@@ -36,17 +36,15 @@ class Vocabulary:
         self.counts: Counter[str] = Counter()
         """In how many comparisons a word occurs."""
         self.vectors: list[NDArray[np.float64]] = []
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places = _Places()
 
     def add(self, texts: Iterable[str]) -> None:
         """Add one comparison: the texts of its turns and responses."""
         words = {word[:MAX_WORD_CHARS] for text in texts for word in WORD.findall(text.casefold())}
         self.counts.update(words)
-        vector = np.zeros(DIMENSIONS)
-        # Sorted, because a set's order differs between processes and sums of signs must not.
-        for word in sorted(words):
-            bucket, sign = self._place(word)
-            vector[bucket] += sign
+        places = list(map(self._places.__getitem__, words))
+        signed = np.bincount(np.array(places, dtype=np.int64), minlength=2 * DIMENSIONS)
+        vector = (signed[::2] - signed[1::2]).astype(np.float64)
         length = float(np.linalg.norm(vector))
         self.vectors.append(vector / length if length else vector)
 
@@ -55,12 +53,13 @@ class Vocabulary:
         ranked = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return dict(ranked[:NUM_WORDS])
 
-    def _place(self, word: str) -> tuple[int, int]:
-        found = self._places.get(word)
-        if found is None:
-            digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
-            number = int.from_bytes(digest, "big")
-            found = self._places[word] = (number % DIMENSIONS, 1 if number >> 63 else -1)
+
+class _Places(dict[str, int]):
+    """Word to twice its bucket, plus one where its sign is negative; by hash, remembered."""
+
+    def __missing__(self, word: str) -> int:
+        digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+        found = self[word] = int.from_bytes(digest, "big") % (2 * DIMENSIONS)
         return found
 
 

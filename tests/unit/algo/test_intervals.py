@@ -1,5 +1,6 @@
 import math
 import random
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from rlhf.algo.intervals import (
     _t_quantile,
     clustered_bootstrap,
+    effective_size,
     paired_clustered_bootstrap,
     proportion_interval,
     wilson,
@@ -237,3 +239,10 @@ def test_bootstraps_without_spread():
     assert scores.mean == pytest.approx(7.3, abs=1e-12)
     assert math.isnan(scores.low)
     assert math.isnan(scores.high)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(7, 10), (0, 12), (12, 12), (333.5, 1000), (50, 100)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_an_interval_tells_its_size(successes: float, n: float, level: float) -> None:
+    interval = wilson(successes, n, NormalDist().inv_cdf(0.5 + level / 2))
+    assert effective_size(interval, level=level) == pytest.approx(n)
