@@ -358,6 +358,7 @@ class NodeDir:
 
 EXCLUDED = (
     "checkpoints",
+    "energy",
     "exits.jsonl",
     "jobs",
     "lease.json",

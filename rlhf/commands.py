@@ -14,7 +14,8 @@ from rich.table import Column, Table
 from rlhf import datacheck, runner
 from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
-from rlhf.data.corrections import withdraw
+from rlhf.cost.estimate import estimate
+from rlhf.cost.show import estimate_table
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
@@ -158,6 +159,8 @@ def plan(config: Config) -> int:
         table.add_row(node.name, ", ".join(node.after), reads, _coloured(state))
     out = console()
     out.print(table)
+    costs = estimate(config, drafted, folder)
+    out.print(estimate_table(costs, title=f"estimate of run {config.run}"), highlight=False)
     for item in drafted.rounds:
         rows = f", corrections and withdrawals up to {item.as_of}" if item.as_of else ""
         out.print(f"round {item.round}: {item.stage}, batches {', '.join(item.batches)}{rows}")

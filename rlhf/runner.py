@@ -18,6 +18,7 @@ from rich.console import Console
 from rlhf.artifacts import NodeDir, read_json, write_json, write_text
 from rlhf.compose import RUN_FILE, freeze, run_dir
 from rlhf.config import Annotators, Config, OnChange
+from rlhf.cost.estimate import freeze_estimate
 from rlhf.errors import DISK_FULL, STOPPED_EXIT, ConfigError, StageError, Stopped
 from rlhf.fingerprint import STAGES, differences, flat_config, read_flat
 from rlhf.launch.local import PLAN, NodeServer
@@ -89,6 +90,7 @@ def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STA
     if _check_started(config, plan, listing, folder, console, stages=stages):
         plan, listing = draft(config)
     _freeze(config, plan, folder)
+    freeze_estimate(config, plan, folder)
     todo = tuple(node for node in within_limit(config, plan) if not _is_done(folder, node))
     for node in within_limit(config, plan):
         if node not in todo:

@@ -26,6 +26,9 @@ from rlhf.artifacts import (
 )
 from rlhf.compose import freeze
 from rlhf.config import Config
+from rlhf.cost.energy import Meter, device_watts, drop_readings, node_usage
+from rlhf.cost.peak import is_gpu
+from rlhf.cost.rates import device_name
 from rlhf.errors import (
     DISK_FULL,
     STOPPED_EXIT,
@@ -67,7 +70,17 @@ from rlhf.tracking import Tracker
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.5
-HARMLESS = ("paths", "tracking", "checkpoint", "ingest", "launcher", "on_change", "run", "recipe")
+HARMLESS = (
+    "paths",
+    "tracking",
+    "checkpoint",
+    "ingest",
+    "launcher",
+    "on_change",
+    "run",
+    "recipe",
+    "cost",
+)
 """Groups of execution-only settings that cannot change the last bit of a result."""
 
 SPARE_BYTES = 200 * 2**20
@@ -144,6 +157,8 @@ def work(
     timeout = config.distributed.timeout_seconds
     processes = join(folder, timeout_seconds=timeout, device=config.compute.device)
     lease = Lease(folder)
+    has_gpu = is_gpu(config, node.stage)
+    meter = None
     if processes.is_main:
         lease.take()
         remove_leftovers(folder)
@@ -155,6 +170,7 @@ def work(
         if processes.broadcast(directory.is_done(), "whether the node is done"):
             log.info("%s is done already", name)
             return
+        meter = Meter(folder, has_gpu=has_gpu)
         begun = _begin(config, plan, run_dir, node, stages=stages) if processes.is_main else None
         inputs, provenance = processes.broadcast(begun, "the node's inputs")
         started = time.monotonic() - read_progress(folder)["seconds"]
@@ -162,16 +178,20 @@ def work(
         tracker = Tracker(config, name, folder) if processes.is_main else None
         directory.metrics.mirror = tracker.log if tracker else None
         importlib.import_module(stages[node.stage]).run(context)
+        # Every process's reading is written before the first one adds them up.
+        meter.stop()
         processes.wait("end of the stage")
         if tracker is None:
             return
         tracker.finish()
         entries = _manifest_entries(config, node, inputs, provenance)
+        entries |= node_usage(folder, config, watts=device_watts(config, has_gpu=has_gpu))
         entries["num_processes"] = processes.size
         entries["wall_seconds"] = round(time.monotonic() - started, 3)
         lease.check()
         write_manifest(folder, entries)
         directory.drop_checkpoints()
+        drop_readings(folder)
         log.info("%s is done after %.1f s", name, entries["wall_seconds"])
     except RuntimeError as error:
         if processes.size > 1 and not isinstance(error, RlhfError):
@@ -179,6 +199,8 @@ def work(
             raise StageError(f"{error}\n{processes.report()}") from error
         raise
     finally:
+        if meter is not None:
+            meter.stop()
         processes.close()
         if processes.is_main:
             lease.release()
@@ -261,7 +283,7 @@ def _can_change_bits(key: str, stage: str) -> bool:
     group, _, rest = key.partition(".")
     if group == "resources":
         return rest in (f"{stage}.nodes", f"{stage}.processes")
-    return group not in HARMLESS
+    return group not in HARMLESS and not key.startswith("model.shape.")
 
 
 def _resume(config: Config, node: Node, folder: Path) -> dict[str, Any]:
@@ -296,8 +318,8 @@ def _manifest_entries(
         "seeds": {"run": config.seed, "node": provenance["seed"]},
         **provenance["environment"],
         **origin(),
+        "device_name": device_name(config, node.stage),
         "peak_memory_mb": peak_memory_mb(),
-        "energy_kwh": None,
         "exact": provenance["exact"],
     }
 

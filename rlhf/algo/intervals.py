@@ -3,7 +3,8 @@
 Rows that share a prompt are not independent, so everything here takes one cluster label per row.
 `proportion_interval` is the one for rates (accuracy, win rate, violation rate): it keeps its
 coverage for small and for one-sided samples, where a bootstrap has too little to resample. The
-bootstraps are for means of any scale and for paired differences.
+bootstraps are for means of any scale and for paired differences. A plain percentile bootstrap of 20
+rows covers 90 % where it says 95 %, so that they are widened for small samples: `_small_sample`.
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ def proportion_interval(
     """Return a rate and its interval from rows clustered by prompt.
 
     `successes` holds 1 (or True), 0, and 0.5 for a tie; `clusters` one label per row. Wilson's
-    interval on the effective number of rows of Korn and Graubard (1998): p (1 - p) over the
-    cluster-robust variance, times (z / t)^2 with clusters - 1 degrees of freedom for having
-    estimated it, and never more than the number of rows. Where all rows are equal, nothing about
-    the dependence can be seen and Kish's size n^2 / sum of squared cluster sizes is used.
+    interval on an effective number of rows after Korn and Graubard (1998): p (1 - p) over the
+    cluster-robust variance, times z / t with clusters - 1 degrees of freedom for having estimated
+    it, and never more than the number of rows. They square z / t; together with the bound that is
+    too much: 97.4 % instead of 95 % coverage for 20 rows of 14 prompts, against 96.4 %. Where all
+    rows are equal, nothing about the dependence can be seen and Kish's size n^2 / sum of squared
+    cluster sizes is used.
     """
     values = _finite_vector(successes)
     if len(values) == 0:
@@ -93,12 +96,13 @@ def clustered_bootstrap(
     seed: int,
     level: float = 0.95,
 ) -> Interval:
-    """Return the mean and its percentile bootstrap interval over clusters.
+    """Return the mean and its bootstrap interval over clusters, widened for small samples.
 
-    Each draw takes as many clusters as there are, with replacement, and averages all their rows.
-    Same arguments, same result. Where every draw has the same mean the bootstrap knows nothing
-    about the spread: values within [0, 1] then get the limits that `_limits_without_spread`
-    describes, others NaN limits.
+    Each draw takes as many clusters as there are, with replacement, and averages all their rows;
+    `_small_sample` says which limits follow. Same arguments, same result. Where every draw has the
+    same mean the bootstrap knows nothing about the spread: values within [0, 1] then get the limits
+    that `_limits_without_spread` describes, others NaN limits. Limits of values within [0, 1] stay
+    there.
     """
     rows = _finite_vector(values)
     in_unit = bool(((rows >= 0.0) & (rows <= 1.0)).all())
@@ -115,7 +119,7 @@ def paired_clustered_bootstrap(
     seed: int,
     level: float = 0.95,
 ) -> Interval:
-    """Return the mean of a - b and its percentile bootstrap interval over clusters.
+    """Return the mean of a - b and its bootstrap interval over clusters.
 
     Row i of a and of b belong together (two models on the same comparison). Otherwise as
     `clustered_bootstrap`; where both sides lie within [0, 1] the difference lies within [-1, 1].
@@ -149,13 +153,37 @@ def _bootstrap(
         block = min(DRAWS_AT_ONCE, num_draws - start)
         drawn = rng.integers(num_clusters, size=(block, num_clusters))
         blocks.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(np.concatenate(blocks), [tail, 1.0 - tail]).tolist()
-    mean = float(rows.mean())
+    draws, mean = np.concatenate(blocks), float(rows.mean())
+    low, high = _small_sample(draws, mean, sizes, sums, level=level)
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
     # Equal means differ by rounding only.
     if high - low <= 1e-12 * max(1.0, abs(mean)):
         return _limits_without_spread(mean, bounds, _kish_size(sizes), level=level)
     return Interval(mean, low, high)
+
+
+def _small_sample(
+    draws: Floats, mean: float, sizes: Floats, sums: Floats, *, level: float
+) -> tuple[float, float]:
+    """Return limits that keep their level with few clusters C: at each end the wider of two.
+
+    The expanded percentile takes the draws' quantiles at Phi(-+ sqrt(C / (C - 1)) t), t being
+    Student's two-sided quantile with C - 1 degrees of freedom, in place of the level's own
+    (Hesterberg 2015, "What teachers should know about the bootstrap"). It follows skewed data.
+    Student's interval, mean -+ t s with the cluster-robust standard error s, holds where a few
+    discrete values leave the draws too coarse. Both agree where there are many clusters.
+    """
+    num_clusters = len(sizes)
+    if num_clusters == 1:
+        return mean, mean
+    ratio = num_clusters / (num_clusters - 1)
+    t = _t_quantile(level, num_clusters - 1)
+    tail = NormalDist().cdf(-math.sqrt(ratio) * t)
+    low, high = np.quantile(draws, [tail, 1.0 - tail]).tolist()
+    residuals = sums - mean * sizes
+    half_width = t * math.sqrt(ratio * float((residuals**2).sum())) / float(sizes.sum())
+    return min(low, mean - half_width), max(high, mean + half_width)
 
 
 def _limits_without_spread(
@@ -183,7 +211,7 @@ def _effective_size(values: Floats, sizes: Floats, sums: Floats, *, level: float
     residuals = sums - p * sizes
     variance = num_clusters / (num_clusters - 1) * float((residuals**2).sum()) / n**2
     degrees_of_freedom = num_clusters - 1
-    shrink = (_normal_quantile(level) / _t_quantile(level, degrees_of_freedom)) ** 2
+    shrink = _normal_quantile(level) / _t_quantile(level, degrees_of_freedom)
     # A variance of 0 (all clusters alike by luck) is as good as independent rows, not better.
     return min(n, p * (1 - p) * shrink / variance) if variance > 0 else float(n)
 

@@ -26,6 +26,7 @@ from rlhf.config.base import (
     Reference,
     RejectionInit,
     RoundStage,
+    Shape,
     Toy,
     TrackingMode,
     leaves,
@@ -41,6 +42,7 @@ from rlhf.config.cluster import (
     StageResources,
     Strategy,
 )
+from rlhf.config.cost import Cost
 from rlhf.config.run import (
     Checkpoint,
     Compute,
@@ -70,7 +72,7 @@ __all__ = [
     "Collect",
     "Compute",
     "Config",
-    "Contradictions",
+    "Cost",
     "CriticInit",
     "Data",
     "Distributed",
@@ -107,6 +109,7 @@ __all__ = [
     "Rounds",
     "Sampling",
     "Sft",
+    "Shape",
     "Slurm",
     "StageResources",
     "Strategy",

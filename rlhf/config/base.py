@@ -212,6 +212,37 @@ class Lora:
 
 
 @dataclass
+class Shape:
+    """Shape of the base model, a Llama; estimates read it where model.path is not there yet."""
+
+    hidden_size: int | None = execution(None)
+    """Width of the hidden states; null says that the shape is not known."""
+    intermediate_size: int | None = execution(None)
+    """Width of the feed-forward layers."""
+    num_layers: int | None = execution(None)
+    """Layers."""
+    num_heads: int | None = execution(None)
+    """Attention heads."""
+    num_kv_heads: int | None = execution(None)
+    """Heads of keys and values."""
+    vocab_size: int | None = execution(None)
+    """Words of the vocabulary."""
+    tied: bool = execution(False)
+    """Input embedding and output head are one table."""
+
+    def __post_init__(self) -> None:
+        names = ("intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size")
+        for name in names:
+            is_given = getattr(self, name) is not None
+            require(
+                is_given == (self.hidden_size is not None),
+                f"model.shape.{name}",
+                getattr(self, name),
+                "give all sizes of model.shape, or none",
+            )
+
+
+@dataclass
 class Model:
     path: str = result("toy")
     """Hugging Face folder of the base model, or `toy` for the built-in random tiny Llama."""
@@ -224,6 +255,7 @@ class Model:
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass to save memory."""
     lora: Lora = field(default_factory=Lora)
+    shape: Shape = field(default_factory=Shape)
 
 
 @dataclass

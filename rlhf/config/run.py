@@ -26,6 +26,7 @@ from rlhf.config.base import (
     result,
 )
 from rlhf.config.cluster import Distributed, Launcher, Resources
+from rlhf.config.cost import Cost
 from rlhf.config.stages import Collect, Evaluate, Gate, Judge, Ppo, Rejection, Reward, Sft
 
 AT_LEAST_ONE = (
@@ -226,6 +227,7 @@ class Config:
     launcher: Launcher = field(default_factory=Launcher)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    cost: Cost = field(default_factory=Cost)
     ingest: Ingest = field(default_factory=Ingest)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,22 @@ class Mixture:
         return self.num_own / max(len(self.rows), 1)
 
 
+def mixture_sizes(
+    num_own: int, num_other: int, *, own_share: float, max_comparisons: int | None
+) -> tuple[int, int]:
+    """Return how many own and other rows a mixture takes of those there are.
+
+    `num_own * (1 - own_share) / own_share` of the others, or all; a cap keeps the share.
+    """
+    wanted, room = round(num_own * (1 - own_share) / own_share), num_own
+    if max_comparisons is not None:
+        wanted = min(wanted, max_comparisons - round(max_comparisons * own_share))
+    taken_other = min(wanted, num_other)
+    if max_comparisons is not None:
+        room = min(room, max_comparisons - taken_other)
+    return room, taken_other
+
+
 def build_mixture(
     own: Sequence[Comparison],
     other: Sequence[Comparison],
@@ -48,13 +64,9 @@ def build_mixture(
     """
     if not 0 < own_share <= 1:
         raise ValueError(f"own_share={own_share} must lie in (0, 1]")
-    wanted = round(len(own) * (1 - own_share) / own_share)
-    room = len(own)
-    if max_comparisons is not None:
-        wanted = min(wanted, max_comparisons - round(max_comparisons * own_share))
-    num_other = min(wanted, len(other))
-    if max_comparisons is not None:
-        room = min(room, max_comparisons - num_other)
+    room, num_other = mixture_sizes(
+        len(own), len(other), own_share=own_share, max_comparisons=max_comparisons
+    )
     rng = random.Random(f"mixture/{seed}")
     own_rows = _newest(own, room, rng)
     other_rows = _sample(other, num_other, rng)

@@ -44,7 +44,7 @@ from rlhf.toy import World
 
 log = logging.getLogger(__name__)
 
-REVISION = 1
+REVISION = 2
 
 VERSIONS = ("candidate", "promoted")
 SCORERS = tuple(f"{prefix}_{axis}" for prefix in PAIRS.values() for axis in AXES)

@@ -42,7 +42,7 @@ from rlhf.training.reward import RankedPair, train_ranking
 
 log = logging.getLogger(__name__)
 
-REVISION = 1
+REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)

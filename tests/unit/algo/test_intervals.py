@@ -1,6 +1,6 @@
 import math
 import random
-from statistics import NormalDist
+import statistics
 
 import numpy as np
 import pytest
@@ -59,13 +59,13 @@ def test_proportion_interval_by_hand():
     # Clusters a: 1 1, b: 1 1, c: 0 0, d: 1 0. n 8, p 5/8. Residual sums: a, b 2 - 1.25 = 0.75,
     # c -1.25, d -0.25; squares 0.5625 + 0.5625 + 1.5625 + 0.0625 = 2.75. Variance 4/3 * 2.75 / 64
     # = 0.0572917. p (1 - p) / variance = 0.234375 / 0.0572917 = 4.090909.
-    # (z / t_3)^2 = (1.959964 / 3.1786170)^2 = 0.3802082 (t as our expansion gives it): 1.555397.
+    # z / t_3 = 1.959964 / 3.1786170 = 0.6166103 (t as our expansion gives it): 2.522497.
     interval = proportion_interval([1, 1, 1, 1, 0, 0, 1, 0], list("aabbccdd"))
-    effective = 4.090909 * 0.3802082
+    effective = 4.090909 * 0.6166103
     expected = wilson(0.625 * effective, effective, 1.959964)
     assert interval == pytest.approx(expected, abs=1e-5)
     # At a level of 0.8 z is 1.281552 and t_3 is 1.637744 in any table.
-    effective = 4.090909 * (1.281552 / 1.637744) ** 2
+    effective = 4.090909 * 1.281552 / 1.637744
     narrower = proportion_interval([1, 1, 1, 1, 0, 0, 1, 0], list("aabbccdd"), level=0.8)
     assert narrower == pytest.approx(wilson(0.625 * effective, effective, 1.281552), abs=1e-4)
 
@@ -126,9 +126,7 @@ def test_bad_input_is_refused():
 
 def clustered_outcomes(rng, num_rows, num_clusters, rate, correlation):
     """Rows spread over clusters whose own rates vary: a beta-binomial with that correlation."""
-    labels = np.concatenate(
-        [np.arange(num_clusters), rng.integers(num_clusters, size=num_rows - num_clusters)]
-    )
+    labels = draw_labels(rng, num_rows, num_clusters)
     rates = np.full(num_clusters, rate)
     if correlation:
         weight = 1 / correlation - 1
@@ -171,7 +169,74 @@ def test_clustered_rows_are_covered_in_95_percent(num_rows, num_clusters, correl
         assert naive_hits / 500 < 0.9
 
 
-def slow_bootstrap(values, clusters, num_draws, seed):
+STRUCTURES = [(20, 20, 0.0), (20, 14, 0.3), (20, 10, 0.3), (100, 100, 0.0), (100, 60, 0.3)]
+STRUCTURES.append((100, 25, 0.4))
+"""Rows, prompts that they share, and the correlation inside a prompt."""
+
+
+def rate_draw(rng, n, num_clusters, correlation):
+    """A rate between 0.5 and 0.9, as accuracies and win rates are; 2,000 draws average over it."""
+    rate = rng.uniform(0.5, 0.9)
+    rows, labels = clustered_outcomes(rng, n, num_clusters, rate, correlation)
+    return proportion_interval(rows, labels), rate
+
+
+def score_draw(rng, n, num_clusters, correlation):
+    """Mean score: Student's t with 5 degrees of freedom, heavier tails than the normal's."""
+    labels = draw_labels(rng, n, num_clusters)
+    own, shared = rng.standard_t(5, size=n), rng.standard_t(5, size=num_clusters)
+    rows = 3 + math.sqrt(correlation) * shared[labels] + math.sqrt(1 - correlation) * own
+    return clustered_bootstrap(rows, labels, num_draws=400, seed=int(rng.integers(1e9))), 3.0
+
+
+def shift_draw(rng, n, num_clusters, correlation):
+    """Two versions' scores on the same prompts: what both share cancels."""
+    labels = draw_labels(rng, n, num_clusters)
+    easy, gain = rng.normal(scale=3, size=n), rng.standard_t(5, size=num_clusters)[labels]
+    difference = math.sqrt(correlation) * gain + math.sqrt(1 - correlation) * rng.normal(size=n)
+    seed = int(rng.integers(1e9))
+    interval = paired_clustered_bootstrap(
+        easy + 0.5 + difference, easy, labels, num_draws=400, seed=seed
+    )
+    return interval, 0.5
+
+
+def control_draw(rng, n, num_clusters, correlation):
+    """Accuracy minus that of *longer wins*: correlated rates, so that differences are -1, 0, 1."""
+    labels = draw_labels(rng, n, num_clusters)
+    normal = statistics.NormalDist()
+    rates = rng.uniform(0.55, 0.85), rng.uniform(0.45, 0.75)
+    agree = rng.normal(size=n)
+    sides = []
+    for rate in rates:
+        shared = rng.normal(size=num_clusters)[labels]
+        own = math.sqrt(0.3) * agree + math.sqrt(0.7) * rng.normal(size=n)
+        latent = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+        sides.append((latent < normal.inv_cdf(rate)).astype(float))
+    seed = int(rng.integers(1e9))
+    interval = paired_clustered_bootstrap(*sides, labels, num_draws=400, seed=seed)
+    return interval, rates[0] - rates[1]
+
+
+def draw_labels(rng, n, num_clusters):
+    return np.concatenate(
+        [np.arange(num_clusters), rng.integers(num_clusters, size=n - num_clusters)]
+    )
+
+
+@pytest.mark.parametrize(("n", "num_clusters", "correlation"), STRUCTURES)
+@pytest.mark.parametrize("draw", [rate_draw, score_draw, shift_draw, control_draw])
+def test_intervals_cover_93_to_97_percent_of_2000_draws(draw, n, num_clusters, correlation):
+    rng = np.random.default_rng(2024)
+    hits = 0
+    for _ in range(2000):
+        (_, low, high), truth = draw(rng, n, num_clusters, correlation)
+        hits += low <= truth <= high
+    assert 0.93 <= hits / 2000 <= 0.97
+
+
+def slow_bootstrap(values, clusters, num_draws, seed, *, t_quantile):
+    """The limits in plain Python: sorted draws, and Student's interval, the wider at each end."""
     rng = random.Random(seed)
     groups = {}
     for value, label in zip(values, clusters, strict=True):
@@ -181,7 +246,12 @@ def slow_bootstrap(values, clusters, num_draws, seed):
         drawn = [x for group in rng.choices(list(groups.values()), k=len(groups)) for x in group]
         means.append(sum(drawn) / len(drawn))
     means.sort()
-    return means[int(0.025 * num_draws)], means[int(0.975 * num_draws)]
+    mean, ratio = sum(values) / len(values), len(groups) / (len(groups) - 1)
+    tail = statistics.NormalDist().cdf(-t_quantile * ratio**0.5)
+    gaps = [sum(x - mean for x in group) for group in groups.values()]
+    half = t_quantile * (ratio * sum(gap * gap for gap in gaps)) ** 0.5 / len(values)
+    low, high = means[int(tail * num_draws)], means[int((1 - tail) * num_draws)]
+    return min(low, mean - half), max(high, mean + half)
 
 
 def test_bootstrap_equals_a_slow_second_implementation():
@@ -191,14 +261,16 @@ def test_bootstrap_equals_a_slow_second_implementation():
     values = [10 + offsets[label] + 0.3 * rng.normal() for label in labels]
     mean, low, high = clustered_bootstrap(values, labels, num_draws=4000, seed=1)
     assert mean == pytest.approx(sum(values) / 60, abs=1e-12)
-    expected = slow_bootstrap(values, labels, 4000, 2)
+    # Student's quantile of 14 degrees of freedom in any table.
+    expected = slow_bootstrap(values, labels, 4000, 2, t_quantile=2.145)
     assert (low, high) == pytest.approx(expected, abs=0.05)
     rows_as_clusters = clustered_bootstrap(values, range(60), num_draws=4000, seed=1)
     assert high - low > 1.5 * (rows_as_clusters.high - rows_as_clusters.low)
 
 
 def test_bootstrap_is_deterministic_and_follows_seed_and_level():
-    values, labels = [0.1, 0.9, 0.4, 0.7, 0.2, 0.8], "aabbcd"
+    # Skewed, so that the draws decide about the upper limit.
+    values, labels = [0.1, 0.2, 0.1, 0.3, 0.2, 0.2, 0.1, 0.4, 0.2, 9.0], "abcdefghij"
     first = clustered_bootstrap(values, labels, num_draws=700, seed=3)
     assert clustered_bootstrap(values, labels, num_draws=700, seed=3) == first
     assert clustered_bootstrap(values, labels, num_draws=700, seed=4) != first
@@ -207,10 +279,38 @@ def test_bootstrap_is_deterministic_and_follows_seed_and_level():
 
 
 def test_bootstrap_by_hand_for_two_clusters():
-    # Clusters {0} and {3, 3}: draws give 0 (1/4), 3 (1/4) or 6/3 = 2 (1/2). The mean of all rows
-    # is 2, the 10 % and 90 % quantiles are 0 and 3, the 30 % and 70 % quantiles both 2.
+    # Clusters {0} and {3, 3}: draws give 0 (1/4), 3 (1/4) or 6/3 = 2 (1/2), none beyond 0 or 3.
+    # Student: mean 2, sums less 2 per row -2 and 2, standard error sqrt(2 (4 + 4)) / 3 = 4/3; one
+    # degree of freedom at level 0.8: t = tan(0.4 pi) = 3.077684, half width 4.103578.
     wide = clustered_bootstrap([0.0, 3.0, 3.0], "abb", num_draws=2000, seed=0, level=0.8)
-    assert wide == (2.0, 0.0, 3.0)
+    assert wide == pytest.approx((2.0, 2 - 4.103578, 2 + 4.103578), abs=1e-6)
+
+
+def test_many_clusters_leave_the_percentile_interval_as_it_is():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=1000)
+    mean, low, high = clustered_bootstrap(values, range(1000), num_draws=4000, seed=0)
+    plain = 1.96 * values.std() / 1000**0.5
+    assert (mean - low, high - mean) == pytest.approx((plain, plain), rel=0.06)
+
+
+def test_a_skewed_sample_keeps_its_long_side():
+    values = np.random.default_rng(1).exponential(size=40)
+    mean, low, high = clustered_bootstrap(values, range(40), num_draws=4000, seed=0)
+    assert high - mean > 1.02 * (mean - low)
+
+
+def test_limits_stay_within_what_rates_can_be():
+    low_rates = [0.0] * 9 + [1.0]
+    interval = clustered_bootstrap(low_rates, range(10), num_draws=500, seed=0)
+    assert interval.low == 0.0
+    assert interval.high < 1.0
+    worse = paired_clustered_bootstrap(
+        [0.0] * 5, [1.0, 1.0, 1.0, 1.0, 0.0], range(5), num_draws=500, seed=0
+    )
+    assert worse.low == -1.0
+    # A mean of scores has no such bound.
+    assert clustered_bootstrap([0.0] * 9 + [2.0], range(10), num_draws=500, seed=0).low < 0.0
 
 
 def test_paired_bootstrap_uses_the_pairing():
