@@ -2,7 +2,7 @@
 
     accuracy(n) = a - b n^-c          n: own-axis training comparisons, all batches so far
 
-fitted by weighted least squares over the rounds, weights 1 / variance from each accuracy's interval.
+fitted by weighted least squares over the rounds, weights 1 / variance from the accuracy's interval.
 For a given c the best a and b are known in closed form, so that the fit is a search over c alone:
 a dense grid, then ever finer grids around its best point. It therefore ends at the minimum, not
 where an optimiser stops, and it cannot be caught in a local one. The loss is the weighted sum of
@@ -68,8 +68,8 @@ def fit_power_law(
     `low` and `high` are each accuracy's confidence limits at `level`. `next_n` defaults to a batch
     as large as the newest. Returns a, b, c, `curve` (n, accuracy, low, high) and `next`: limits of
     the true accuracy there, of what will be measured with an error like the newest point's, and of
-    the gain over the curve's value now. `warnings` says what the points cannot tell. With fewer than
-    MIN_POINTS different n there is no fit: the parameters and `next` are None and `reason` says why.
+    the gain over the curve's value now. `warnings` says what the points cannot tell. Fewer than
+    MIN_POINTS different n give no fit: the parameters and `next` are None, and `reason` says why.
     """
     sizes = np.asarray(n, dtype=np.float64)
     values = np.asarray(accuracy, dtype=np.float64)

@@ -217,4 +217,4 @@ def test_torch_counts_as_many_flops_in_sampling() -> None:
     work = flops.sample(ROWS, Lengths(read, written), num_samples=4)
     # A random model seldom ends by itself, so that hardly a finished row is decoded further. Torch
     # counts attention over the whole cache; the last token of each response is not read again.
-    assert measured == pytest.approx(flops.work_flops(TOY, work), rel=0.08)
+    assert measured == pytest.approx(flops.work_flops(TOY, work), rel=0.03)
