@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.artifacts import NodeDir, read_json
 from rlhf.data.records import STRENGTHS
+from rlhf.report.cost import read_estimates, used
 
 Row = dict[str, Any]
 
@@ -61,6 +62,7 @@ def gather(run_dir: Path) -> Row:
         for node in nodes
         if (folder := NodeDir(run_dir / node["name"])).is_done()
     ]
+    expected = read_estimates(run_dir)
     evaluations = [_evaluation(item) for item in _of_stage(done, "evaluate")]
     return {
         "run": plan["run"],
@@ -79,7 +81,7 @@ def gather(run_dir: Path) -> Row:
         "evaluations": evaluations,
         "rejection": _artifacts(done, "rejection", "selection.json"),
         "ppo": _artifacts(done, "ppo", "ppo.json"),
-        "nodes": [_node(item) for item in done],
+        "nodes": [_node(item, expected.get(item.node["name"])) for item in done],
     }
 
 
@@ -181,7 +183,7 @@ def _measured(name: str, evaluations: list[Row]) -> Row:
     return {"scores": scores, "gold": None}
 
 
-def _node(item: Done) -> Row:
+def _node(item: Done, estimate: Row | None) -> Row:
     manifest = item.manifest
     return {
         "node": item.node["name"],
@@ -190,4 +192,7 @@ def _node(item: Done) -> Row:
         "seconds": manifest["wall_seconds"],
         "peak_memory_mb": manifest["peak_memory_mb"],
         "exact": manifest["exact"],
+        "energy": manifest.get("energy"),
+        "used": used(manifest),
+        "estimate": estimate,
     }

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rlhf.artifacts import write_json
 from rlhf.data.records import AXES
+from rlhf.report.cost import COLUMNS, cost_cells
 from rlhf.report.gather import MIN_PROMPTS, Row, gather
 
 REPORT = "report.json"
@@ -356,9 +357,9 @@ def _nodes(report: Row) -> Table:
     table = _table(
         "Time",
         ("node",),
-        ("seconds", "share", "peak MB"),
+        ("seconds", "share", "peak MB", *COLUMNS),
         caption=f"{report['nodes_done']} of {report['nodes_planned']} nodes are done, "
-        f"in {total:.0f} s",
+        f"in {total:.0f} s; expected: estimate.json; Wh and CO2: docs/cost.md",
     )
     for row in report["nodes"]:
         table.add_row(
@@ -366,6 +367,7 @@ def _nodes(report: Row) -> Table:
             f"{row['seconds']:.1f}",
             f"{row['seconds'] / total:.0%}" if total else NOTHING,
             f"{row['peak_memory_mb']:.0f}",
+            *cost_cells(row),
         )
     return table
 
