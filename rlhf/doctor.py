@@ -11,6 +11,8 @@ from rich.table import Table
 
 from rlhf.compose import conf_dir
 from rlhf.config import Config, LauncherKind
+from rlhf.cost.counters import gpu_counters, own_gpus, processor_counters
+from rlhf.cost.peak import gpu_names, torch_peak
 from rlhf.errors import LauncherError
 from rlhf.launch.operator import open_launcher
 from rlhf.provenance import cpu_model, versions
@@ -36,6 +38,10 @@ def examine(config: Config, console: Console) -> int:
     advice = "" if cores and threads <= cores else f"set compute.num_threads={cores}"
     table.add_row("processor", f"{cpu_model()}, {cores} cores, {threads} threads", advice)
     table.add_row("accelerator", _accelerator() if found["torch"] else "unknown", "")
+    if found["torch"]:
+        peak = f"{torch_peak(config):.3g} FLOP/s in {config.model.precision.name}"
+        table.add_row("matrix product", peak, "for estimates: cost.peak_flops")
+    table.add_row("energy", *_energy())
     for key, path in (("paths.runs", config.paths.runs), ("paths.store", config.paths.store)):
         free = shutil.disk_usage(_existing(Path(path))).free / 2**30
         advice = f"free some space or move {key}" if free < LOW_DISK_GIB else ""
@@ -68,6 +74,16 @@ def _accelerator() -> str:
     if not torch.cuda.is_available():
         return "none (compute.device=auto uses the processor)"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _energy() -> tuple[str, str]:
+    """Return which energy counters a node could read here, and what it does without them."""
+    found = [processor_counters()]
+    if gpu_names():
+        found.append(gpu_counters(own_gpus(os.environ, rank=0)))
+    is_measured = all(counters for counters, _ in found)
+    advice = "" if is_measured else "estimated by cost.watts_per_core and cost.watts_per_gpu"
+    return "; ".join(text for _, text in found), advice
 
 
 def _existing(path: Path) -> Path:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rlhf.artifacts import NodeDir, read_json, write_json, write_text
 from rlhf.compose import RUN_FILE, freeze, run_dir
 from rlhf.config import Annotators, Config, OnChange
+from rlhf.cost.energy import drop_readings
 from rlhf.cost.estimate import freeze_estimate
 from rlhf.errors import DISK_FULL, STOPPED_EXIT, ConfigError, StageError, Stopped
 from rlhf.fingerprint import STAGES, differences, flat_config, read_flat
@@ -95,6 +96,7 @@ def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STA
     for node in within_limit(config, plan):
         if node not in todo:
             NodeDir(folder / node.name).drop_checkpoints()
+            drop_readings(folder / node.name)
     return Prepared(config, plan, listing, folder, todo)
 
 

@@ -33,8 +33,8 @@ from rlhf.cost.counters import (
 from rlhf.processes import LOCAL_RANK
 
 FOLDER = "energy"
-BEAT_SECONDS = 5.0
-"""Between readings; a package at 500 W needs minutes until its counter wraps."""
+BEAT_SECONDS = 2.0
+"""Between readings: what a kill may lose, and far below the minutes in which a counter wraps."""
 SUSPENDED_SECONDS = 60.0
 """A heartbeat that is later than this was suspended, not slow."""
 

@@ -54,9 +54,9 @@ def estimate(config: Config, plan: Plan, run_dir: Path) -> Row:
 
 
 def freeze_estimate(config: Config, plan: Plan, run_dir: Path) -> None:
-    """Write estimate.json where it changed."""
+    """Write estimate.json where a node's estimate is new or has changed."""
     made, path = estimate(config, plan, run_dir), run_dir / ESTIMATE
-    if not path.exists() or read_json(path) != made:
+    if not path.exists() or read_json(path)["nodes"] != made["nodes"]:
         write_json(path, made)
 
 

@@ -168,8 +168,8 @@ def _rejection(context: Context) -> list[Task]:
 def _sweep(context: Context) -> list[Task]:
     """Sample and score the sweep's prompts once per temperature."""
     settings = context.config.rejection
-    prompts = _rejection_prompts(context)
     temperatures: list[float] = getattr(settings, "temperatures", [])
+    prompts = min(_rejection_prompts(context), getattr(settings, "sweep_prompts", 0))
     once = _sampled(context, prompts=prompts, sampling=settings.sampling)
     return [task for _ in temperatures for task in once]
 

@@ -91,7 +91,7 @@ def test_run_folder_holds_the_nodes_and_the_frozen_plan(tiny: TinyRun) -> None:
     frozen = {"run.yaml", "plan.json"}
     assert names == frozen | {
         *("sft", "round-01", "round-02"),
-        *("versions.json", "report.json", "server.log"),
+        *("estimate.json", "versions.json", "report.json", "server.log"),
     }
     assert {path.name for path in tiny.root.iterdir()} == {
         *("runs", "store"),

@@ -25,6 +25,8 @@ def test_a_complete_machine_is_healthy() -> None:
     assert code == 0
     assert "local: this machine" in text
     assert "all needed parts are there" in text
+    assert "FLOP/s in fp32" in text
+    assert "RAPL" in text
 
 
 def test_a_silent_scheduler_is_named_with_its_remedy(

@@ -128,6 +128,21 @@ def test_every_node_ends_with_a_manifest_that_names_its_origin(whole: dict[str, 
     assert "lease.json" not in manifest["files"]
 
 
+def test_every_node_says_what_it_took_and_what_was_expected(whole: dict[str, Any]) -> None:
+    folder, plan = whole["folder"], whole["first"].plan
+    rows = read_json(folder / "estimate.json")["nodes"]
+    assert [row["node"] for row in rows] == [node.name for node in plan.nodes]
+    for row in rows:
+        manifest = read_json(folder / row["node"] / "manifest.json")
+        assert 0 < manifest["device_seconds"] <= manifest["wall_seconds"] + 1
+        energy = manifest["energy"]
+        assert energy["method"] in ("measured", "estimated")
+        assert manifest["energy_kwh"] == energy["kwh"] >= 0
+        assert energy["co2_kg"] == pytest.approx(energy["kwh"] * 1.1 * 0.385)
+        assert row["flops"] > 0
+        assert not (folder / row["node"] / "energy").exists()
+
+
 def test_a_second_call_runs_nothing_and_says_so(whole: dict[str, Any]) -> None:
     assert "nothing to do: all 8 nodes of run quickstart are done" in whole["text_again"]
     assert "ingested" not in whole["text_again"]
@@ -392,6 +407,9 @@ def test_a_killed_node_goes_on_and_ends_the_same(
     monkeypatch.delenv("RLHF_KILL_AT")
     saved = fake_stages.read_steps(folder / "round-01/ppo")
     was_done = NodeDir(folder / "round-01/ppo").is_done()
+    # What the killed start had used, an hour, counts in the end.
+    earlier = {"seconds": 3600.0, "joules": None, "source": "the first start"}
+    write_json(folder / "round-01/ppo/energy/first.json", earlier)
     assert was_done == where.startswith("after-rename")
     prepared, _ = go(small_run(*ONE_ROUND))
 
@@ -404,6 +422,9 @@ def test_a_killed_node_goes_on_and_ends_the_same(
         assert [row["loaded"] for row in rows] == [False, False, True, True]
     assert comparable(folder) == whole["comparable"]
     assert not (folder / "round-01/ppo/checkpoints").exists()
+    if not was_done:
+        assert read_json(folder / "round-01/ppo/manifest.json")["device_seconds"] > 3600.0
+    assert not (folder / "round-01/ppo/energy").exists()
 
 
 def test_kill_9_of_the_runner_ends_its_node_and_the_next_call_takes_over(
