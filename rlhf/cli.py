@@ -58,7 +58,7 @@ COMMANDS = {
     "launch": Command("submit the same plan as jobs", extra={"dry_run": "false"}),
     "cancel": Command("end the jobs of a run", extra={"node": ""}),
     "stage": Command("run one node of a run's frozen plan", ("NODE",)),
-    "plan": Command("print nodes, inputs and state"),
+    "plan": Command("print nodes, inputs, state and expected cost"),
     "status": Command("print where each node stands", extra={"verify": "false"}),
     "ingest": Command("validate files and add them to the store", ("FILE",), True, needs_run=False),
     "drift": Command(

@@ -28,7 +28,14 @@ from rlhf.plan import Plan, build_plan
 from rlhf.supply import fill_from_toy_world, list_store, open_store
 from rlhf.toy.model import build_tokenizer
 
-SMALL = ("toy.sft_rows=60", "toy.prompts_per_kind=20", "toy.open_rows=40", "tracking.mode=none")
+SMALL = (
+    "toy.sft_rows=60",
+    "toy.prompts_per_kind=20",
+    "toy.open_rows=40",
+    "tracking.mode=none",
+    "cost.training_utilisation=0.4",
+    "cost.generation_utilisation=0.01",
+)
 
 
 def config_of(tmp_path: Path, *overrides: str) -> Config:
