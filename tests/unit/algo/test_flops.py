@@ -164,7 +164,9 @@ def test_torch_counts_as_many_flops_in_fine_tuning() -> None:
         )
         logits.sum().backward()
 
-    expected = flops.work_flops(TOY, flops.fine_tune(ROWS, SAME, epochs=1, factor=3))
+    expected = flops.work_flops(
+        TOY, flops.fine_tune(ROWS, SAME, epochs=1, factor=flops.TRAIN_FACTOR)
+    )
     # What is left: norms count as weights with us, and the embedding's gradient is no product.
     assert counted(step) == pytest.approx(expected, rel=0.01)
 

@@ -310,6 +310,19 @@ def test_ppo_that_stopped_early_did_less(tmp_path: Path) -> None:
     assert rates.done_share(tmp_path / "none", "ppo") == 1.0
 
 
+def test_a_rate_counts_what_ppo_did_and_not_what_was_planned(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "cost.peak_flops=1e9")
+    folder = tmp_path / "runs/quickstart"
+    freeze_estimate(config, plan_of(config), folder)
+    row = estimates.frozen_rows(folder)["round-02/ppo"]
+    write_json(folder / "round-02/ppo/ppo.json", {"iterations": config.ppo.iterations // 4})
+    write_text(folder / "round-02/ppo/config.yaml", compose.freeze(config))
+    finish(folder, "round-02/ppo", "ppo", seconds=10.0)
+    found = rates.measured_rates(tmp_path / "runs").of(config, "ppo", row["parameters"])
+    assert found is not None
+    assert found[0].value == pytest.approx(row["flops"] / 4 / 10.0)
+
+
 def test_a_frozen_estimate_of_a_started_node_never_changes(tmp_path: Path) -> None:
     config, folder = config_of(tmp_path, "cost.peak_flops=1e9"), tmp_path / "runs/quickstart"
     plan = plan_of(config)
