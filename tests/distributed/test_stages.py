@@ -24,7 +24,10 @@ def run(bench: Workbench, name: str, root: Path, *, strategy: Strategy = Strateg
     code = bench.run(copy, name)
     folder = copy.folder / name
     assert code == 0, (folder / LOG).read_text(encoding="utf-8")[-6000:]
-    assert NodeDir(folder).manifest()["num_processes"] == 2
+    manifest = NodeDir(folder).manifest()
+    assert manifest["num_processes"] == 2
+    # Both processes work from beginning to end, and both count.
+    assert manifest["device_seconds"] > 1.2 * manifest["wall_seconds"]
     return folder
 
 
