@@ -135,11 +135,15 @@ def remove_leftovers(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A complete checkpoint: its folder, its step and the state its stage put there."""
+    """A complete checkpoint: its folder, its step and the state its stage put there.
+
+    `log_sizes` holds the bytes of each log when it was written.
+    """
 
     path: Path
     step: int
     state: dict[str, Any]
+    log_sizes: dict[str, int]
 
 
 class JsonlLog:
@@ -197,6 +201,8 @@ class NodeDir:
         muted = not self.processes.is_main
         self.metrics = JsonlLog(path / "metrics.jsonl", muted=muted)
         self.samples = JsonlLog(path / "samples.jsonl", muted=muted)
+        self.heldout = JsonlLog(path / "heldout.jsonl", muted=muted)
+        self._logs = (self.metrics, self.samples, self.heldout)
         self.checkpoints = path / "checkpoints"
         self._keep = keep
         self._on_step = on_step
@@ -275,7 +281,7 @@ class NodeDir:
     def checkpoint(self, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
         """Write a checkpoint: fill the folder inside the block; older ones beyond `keep` go away.
 
-        `state` must be JSON; sizes of metrics.jsonl and samples.jsonl are recorded beside it.
+        `state` must be JSON; the sizes of the logs are recorded beside it.
         Every process of the node comes here and may add files of its own.
         """
         target = self.checkpoints / f"step-{step:08d}"
@@ -297,13 +303,12 @@ class NodeDir:
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             }
-            self.metrics.sync()
-            self.samples.sync()
+            for entry in self._logs:
+                entry.sync()
             marker = {
                 "step": step,
                 "state": dict(state),
-                "metrics_size": self.metrics.size(),
-                "samples_size": self.samples.size(),
+                **{f"{entry.path.stem}_size": entry.size() for entry in self._logs},
                 "files": files,
             }
             write_json(folder / COMPLETE, marker)
@@ -320,17 +325,17 @@ class NodeDir:
             marker = read_json(marker_path)
             sizes = {name: folder / name for name in marker["files"]}
             if all(p.exists() and p.stat().st_size == marker["files"][n] for n, p in sizes.items()):
-                return Saved(folder, marker["step"], marker["state"])
+                # Only PPO writes heldout.jsonl: other stages' older markers do not name it.
+                names = [entry.path.stem for entry in self._logs]
+                log_sizes = {name: marker.get(f"{name}_size", 0) for name in names}
+                return Saved(folder, marker["step"], marker["state"], log_sizes)
         return None
 
     def resume(self) -> Saved | None:
         """Find the newest complete checkpoint and cut the logs back to it, else to nothing."""
         saved = self.last_checkpoint()
-        marker = (
-            read_json(saved.path / COMPLETE) if saved else {"metrics_size": 0, "samples_size": 0}
-        )
-        self.metrics.cut(marker["metrics_size"])
-        self.samples.cut(marker["samples_size"])
+        for entry in self._logs:
+            entry.cut(saved.log_sizes[entry.path.stem] if saved else 0)
         return saved
 
     def drop_checkpoints(self) -> None:

@@ -331,8 +331,10 @@ class _Wiring:
             "judge_safety": self._output(k, "judge-safety"),
             **self._scorers(k),
             **{f"history_{j}": f"node({node_name(j, 'evaluate')})" for j in range(1, k)},
-            "prompts": "set(prompts)",
         }
+        if self.rounds[k - 1].stage != RoundStage.rejection.name:
+            inputs["ppo"] = f"node({node_name(k, 'ppo')})"
+        inputs["prompts"] = "set(prompts)"
         return self._node(node_name(k, "evaluate"), "evaluate", k, inputs)
 
     def _scorers(self, k: int) -> dict[str, str]:

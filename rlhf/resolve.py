@@ -29,6 +29,8 @@ from rlhf.plan import Listing, Plan, parse_symbol
 from rlhf.versions import promoted_version
 
 TOY = "toy"
+UNREAD = ("adapter/", "shards/")
+"""Parts of a node's folder that no other node reads as tables."""
 DIGESTS = "external_models.json"
 """Digests of models from outside the run, so that large files are read once."""
 
@@ -168,7 +170,8 @@ def verify(inputs: Inputs, run_dir: Path) -> None:
         is_model = path.name == "model"
         folder = NodeDir(path.parent if is_model else path)
         for name, entry in folder.manifest()["files"].items():
-            is_read = name.startswith("model/") if is_model else not name.startswith("shards/")
+            # Weights are read through a node's model, never through its whole folder.
+            is_read = is_model == name.startswith("model/") and not name.startswith(UNREAD)
             if is_read and sha256_file(folder.path / name) != entry["sha256"]:
                 raise ArtifactError(
                     f"{folder.path / name} changed after its node was done: restore it, or delete "

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.intervals import (
-    Interval,
     clustered_bootstrap,
+    interval_json,
     paired_clustered_bootstrap,
     proportion_interval,
 )
+from rlhf.algo.length_control import length_controlled
 from rlhf.algo.promotion import Measurements
 from rlhf.algo.rewards import below_threshold, judge_prefers
 
@@ -93,6 +94,30 @@ def compare(
     }
 
 
+def length_controlled_gains(
+    asked: Asked, candidate: Answered, promoted: Answered, settings: Settings
+) -> dict[str, Any]:
+    """Return by axis how much of the judge's gain is left among responses of equal length.
+
+    Each judge counts on the prompts of its axis.
+    """
+    found = {}
+    for axis in ("helpfulness", "safety"):
+        rows = [i for i, safety in enumerate(asked.is_safety) if safety == (axis == "safety")]
+        new, old = (v.scores[f"judge_{axis}"].double() for v in (candidate, promoted))
+        found[axis] = length_controlled(
+            new[rows].tolist(),
+            old[rows].tolist(),
+            [candidate.num_tokens[i] for i in rows],
+            [promoted.num_tokens[i] for i in rows],
+            [asked.clusters[i] for i in rows],
+            level=settings.level,
+            num_draws=settings.num_draws,
+            seed=settings.seed,
+        )
+    return found
+
+
 def measurements(compared: Mapping[str, Any]) -> Measurements:
     """Pick what the promotion rule looks at out of `compare`'s result."""
     length = compared["response_length"]
@@ -121,7 +146,7 @@ def rate(
     """Return the share of the rows that count, with its interval."""
     kept = [(v, c) for v, c, ok in zip(values, clusters, counts, strict=True) if ok]
     interval = proportion_interval([v for v, _ in kept], [c for _, c in kept], level=level)
-    return _for_json(interval, len(kept))
+    return interval_json(interval, len(kept))
 
 
 def mean_value(
@@ -140,7 +165,7 @@ def mean_value(
         seed=settings.seed,
         level=settings.level,
     )
-    return _for_json(interval, len(kept))
+    return interval_json(interval, len(kept))
 
 
 def _win_rates(
@@ -203,7 +228,7 @@ def _score_shift(
         seed=settings.seed,
         level=settings.level,
     )
-    return {"candidate": _mean(a), "promoted": _mean(b), "shift": _for_json(shift, len(a))}
+    return {"candidate": _mean(a), "promoted": _mean(b), "shift": interval_json(shift, len(a))}
 
 
 def _win_rate_gap(win_rate: Mapping[str, Mapping[str, Measured]]) -> float | None:
@@ -219,12 +244,6 @@ def _increase(rates: Mapping[str, Measured]) -> float | None:
         return None
     increase: float = rates["candidate"]["mean"] - rates["promoted"]["mean"]
     return increase
-
-
-def _for_json(interval: Interval, n: int) -> Measured:
-    """Return an interval without NaN, which JSON does not have."""
-    limits = {k: None if math.isnan(v) else v for k, v in interval._asdict().items()}
-    return {**limits, "n": n}
 
 
 def _mean(values: Sequence[float]) -> float:

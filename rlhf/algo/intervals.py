@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +32,12 @@ class Interval(NamedTuple):
 
 
 NOTHING = Interval(math.nan, math.nan, math.nan)
+
+
+def interval_json(interval: Interval, n: int) -> dict[str, Any]:
+    """Return mean, low, high and n; None for NaN, which JSON does not have."""
+    limits = {k: None if math.isnan(v) else v for k, v in interval._asdict().items()}
+    return {**limits, "n": n}
 
 
 def wilson(successes: float, n: float, z: float) -> Interval:
@@ -86,6 +92,28 @@ def proportion_interval(
     p = float(values.mean())
     effective = _effective_size(values, sizes, sums, level=level)
     return wilson(p * effective, effective, z)._replace(mean=p)
+
+
+def clustered_mean(
+    values: Sequence[float], clusters: Sequence[Hashable], *, level: float = 0.95
+) -> Interval:
+    """Return the mean and Student's interval with the cluster-robust variance.
+
+    mean -+ t sqrt(C / (C - 1) sum over clusters of (sum of (value - mean))^2) / n with C - 1
+    degrees of freedom. For levels far above 0.95, where a bootstrap has too few draws in its tails.
+    NaN limits for a single cluster.
+    """
+    rows = _finite_vector(values)
+    if len(rows) == 0:
+        return NOTHING
+    sizes, sums = _cluster_totals(rows, clusters)
+    mean, num_clusters = float(rows.mean()), len(sizes)
+    if num_clusters == 1:
+        return Interval(mean, math.nan, math.nan)
+    residuals = sums - mean * sizes
+    variance = num_clusters / (num_clusters - 1) * float((residuals**2).sum()) / len(rows) ** 2
+    half_width = _t_quantile(level, num_clusters - 1) * math.sqrt(variance)
+    return Interval(mean, mean - half_width, mean + half_width)
 
 
 def clustered_bootstrap(

@@ -66,6 +66,9 @@ class ScoredPair:
             "swapped_rejected_score": self.swapped_rejected_score,
             "chosen_safe": row.chosen_safe,
             "rejected_safe": row.rejected_safe,
+            "annotator": row.annotator,
+            "model_chosen": row.model_chosen,
+            "model_rejected": row.model_rejected,
         }
 
 

@@ -7,7 +7,7 @@ versions are read from their evaluations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rlhf.data.corrections import drop_gone
 from rlhf.data.prompts import prompt_kind
 from rlhf.data.records import AXES, Prompt
 from rlhf.data.split import prompt_key
-from rlhf.inference.scoring import Scorer
+from rlhf.inference.tables import Scores, Table
 from rlhf.nodes import NodeContext
 
 ROLES = tuple(f"judge_{axis}" for axis in AXES)
@@ -39,46 +39,40 @@ def earlier_texts(context: NodeContext) -> dict[str, dict[str, str]]:
     return found
 
 
-def score_versions(
-    context: NodeContext,
-    prompts: Sequence[Prompt],
-    texts: Mapping[str, Mapping[str, str]],
-    *,
-    open_scorer: Callable[[NodeContext, str], Scorer],
-    settings: Settings,
-) -> dict[str, dict[str, Any]]:
-    """Return version to judge to mean score with its interval, over prompts all versions answered.
-
-    Helpfulness is read on prompts that are not tagged is_safety, safety on those that are.
-    """
+def versions_table(prompts: Sequence[Prompt], texts: Mapping[str, Mapping[str, str]]) -> Table:
+    """Return every version's responses to the prompts that all of them answered."""
     shared = [p for p in prompts if all(p.id in answered for answered in texts.values())]
-    clusters = [prompt_key(p.prompt) for p in shared]
     names = sorted(texts, key=lambda name: (len(name), name))
-    found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    scored = context.directory.shards(
-        [f"versions-{role}" for role in ROLES],
-        lambda number: _score_each_once(open_scorer(context, ROLES[number]), shared, texts),
-    )
-    for role, saved in zip(ROLES, scored, strict=True):
-        of_axis = [(prompt_kind(p) == "safety") == (role == "judge_safety") for p in shared]
-        for name in names:
-            values = [row[name] for row in saved]
+    return Table(shared, {name: [texts[name][p.id] for p in shared] for name in names})
+
+
+def version_means(
+    table: Table, scores: Mapping[str, Scores], settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Return version to judge to mean score with its interval.
+
+    `scores` are those of the table by judge. Helpfulness is read on prompts that are not tagged
+    is_safety, safety on those that are.
+    """
+    clusters = [prompt_key(p.prompt) for p in table.prompts]
+    found: dict[str, dict[str, Any]] = {name: {} for name in table.columns}
+    for role in ROLES:
+        of_axis = [(prompt_kind(p) == "safety") == (role == "judge_safety") for p in table.prompts]
+        for name in table.columns:
+            values = scores[role][name]
             found[name][role] = mean_value(values, clusters, of_axis, settings=settings)
     return found
 
 
-def _score_each_once(
-    scorer: Scorer, prompts: Sequence[Prompt], texts: Mapping[str, Mapping[str, str]]
-) -> list[dict[str, float]]:
-    """Return one row per prompt, version to score; equal answers to a prompt get equal scores.
-
-    In another batch the score of a text may differ in the last digits.
-    """
-    pairs = [(i, answered[p.id]) for answered in texts.values() for i, p in enumerate(prompts)]
-    distinct = list(dict.fromkeys(pairs))
-    scores = scorer([prompts[i].prompt for i, _ in distinct], [text for _, text in distinct])
-    score_of = dict(zip(distinct, scores.tolist(), strict=True))
+def version_rows(table: Table, scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
+    """Return the rows of version_scores.jsonl: every version on every prompt, under both judges."""
     return [
-        {name: score_of[i, answered[p.id]] for name, answered in texts.items()}
-        for i, p in enumerate(prompts)
+        {
+            "version": name,
+            "prompt_id": prompt.id,
+            "kind": prompt_kind(prompt),
+            **{role: scores[role][name][index] for role in ROLES},
+        }
+        for name in table.columns
+        for index, prompt in enumerate(table.prompts)
     ]

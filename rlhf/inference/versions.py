@@ -136,11 +136,13 @@ def open_version(context: NodeContext, role: str) -> Version:
 
 def open_scorer(context: NodeContext, role: str) -> Scorer:
     """Load the reward model of a role; ArtifactError if it lacks its trained score head."""
-    settings = context.config.model
+    config, settings = context.config, context.config.model
     path = context.inputs.models[role].path
-    device = setup_torch(context.config.compute)
+    device = setup_torch(config.compute)
     model = load_reward_model(path, model=settings, new_head=False, seed=context.seed).to(device)
-    max_length = scoring_length(settings.max_length, context.config.evaluate.sampling)
+    # It also scores PPO's held-out responses, which may be longer than those sampled here.
+    samplings = (config.evaluate.sampling, config.ppo.sampling)
+    max_length = max(scoring_length(settings.max_length, sampling) for sampling in samplings)
     scorer = HfScorer(model, load_tokenizer(path), max_length=max_length)
 
     def score(prompts: Sequence[list[Message]], responses: Sequence[str]) -> Tensor:

@@ -6,17 +6,23 @@ A row is one prompt with its scored responses, as a shard holds it: `prompt_id`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from rlhf.algo.diversity import mean_self_bleu
 from rlhf.algo.rewards import below_threshold
 from rlhf.algo.selection import best_of_n, max_and_median_against_n
 from rlhf.data.prompts import keyed_digest, keyed_order
 from rlhf.data.records import AXES, Prompt
+from rlhf.data.split import prompt_key
 
 Row = dict[str, Any]
+
+MAX_DIVERSITY_PROMPTS = 1000
+"""Prompts that Self-BLEU is measured on at most, evenly spread: its limits are narrow by then."""
 
 
 def ranking_axis(row: Row, *, threshold: float) -> str:
@@ -76,6 +82,56 @@ def response_counts(rows: Sequence[Row], *, threshold: float) -> dict[str, int]:
         "unfinished": len(responses) - len(finished),
         "below_threshold": sum(not _passes(response, threshold) for response in finished),
     }
+
+
+def winners_from(
+    rows: Sequence[Row],
+    *,
+    sources: Mapping[str, str],
+    pool: Sequence[Row],
+    num_samples: int,
+    threshold: float,
+) -> Row:
+    """Count where winners come from: sources, ranking axes, position and length among the K.
+
+    `sources` maps prompt id to source. `length_rank` 0 is the shortest of the K responses; of
+    equally long ones, each has the middle rank, rounded down. `pool_rounds` counts the rows drawn
+    from each earlier round's winners.
+    """
+    by_source: Counter[str] = Counter()
+    axes: Counter[str] = Counter()
+    sample_index, length_rank = [0] * num_samples, [0] * num_samples
+    for row in rows:
+        index = choose_winner(row, threshold=threshold)
+        if index is None:
+            continue
+        by_source[sources[row["prompt_id"]]] += 1
+        axes[ranking_axis(row, threshold=threshold)] += 1
+        sample_index[index] += 1
+        lengths = [response["num_tokens"] for response in row["responses"]]
+        shorter = sum(length < lengths[index] for length in lengths)
+        length_rank[shorter + (lengths.count(lengths[index]) - 1) // 2] += 1
+    rounds = Counter(str(row["round"]) for row in pool)
+    return {
+        "sources": dict(sorted(by_source.items())),
+        "axes": {axis: axes[axis] for axis in AXES},
+        "sample_index": sample_index,
+        "length_rank": length_rank,
+        "pool_rounds": dict(sorted(rounds.items(), key=lambda item: int(item[0]))),
+    }
+
+
+def diversity(rows: Sequence[Row], *, level: float, num_draws: int, seed: int) -> Row:
+    """Return the mean Self-BLEU of a prompt's responses, clustered by prompt (Fig. 21)."""
+    step = -(-len(rows) // MAX_DIVERSITY_PROMPTS) or 1
+    taken = rows[::step]
+    return mean_self_bleu(
+        [[response["text"] for response in row["responses"]] for row in taken],
+        [prompt_key(row["prompt"]) for row in taken],
+        level=level,
+        num_draws=num_draws,
+        seed=seed,
+    )
 
 
 def stratified(prompts: Sequence[Prompt], *, num_prompts: int | None, seed: int) -> list[Prompt]:

@@ -2,8 +2,9 @@
 
 Both versions answer the same prompts once, with the same random keys. A judge pair of reward models
 that this round's rejection sampling and PPO never saw scores both answers, and so does the pair
-that they did use: a gap between the two verdicts is over-optimisation. In the toy world the gold
-score of every answer is added after the decision is written.
+that they did use: a gap between the two verdicts is over-optimisation. What is computed after the
+decision is written never reaches it: the gold score of every answer in the toy world, all versions
+under this round's judges, and PPO's held-out responses under the judges as a canary.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf import metrics
@@ -24,51 +25,47 @@ from rlhf.algo.comparison import (
     Asked,
     Settings,
     compare,
-    mean_value,
+    length_controlled_gains,
     measurements,
-    rate,
 )
 from rlhf.algo.promotion import Reason, decide, is_promoted
 from rlhf.data.corrections import open_rows
 from rlhf.data.prompts import by_kind, keyed_order, prompt_kind
-from rlhf.data.records import AXES, Message, Prompt
+from rlhf.data.records import AXES, Prompt
 from rlhf.data.refusals import is_refusal
 from rlhf.data.split import prompt_key
-from rlhf.errors import DataError, StageError
-from rlhf.inference.history import earlier_texts, score_versions
+from rlhf.errors import DataError
+from rlhf.inference.answers import (
+    SIDES,
+    Answer,
+    Answers,
+    as_tensors,
+    gold_means,
+    gold_values,
+    response_rows,
+)
+from rlhf.inference.canary import PPO, Heldout, over_optimisation, read_heldout
+from rlhf.inference.history import (
+    ROLES,
+    earlier_texts,
+    version_means,
+    version_rows,
+    versions_table,
+)
 from rlhf.inference.scoring import Scorer
+from rlhf.inference.tables import Scores, Table, score_tables
 from rlhf.inference.versions import Version, open_scorer, open_version
 from rlhf.models.loading import setup_torch
 from rlhf.nodes import NodeContext
-from rlhf.toy import World
 
 log = logging.getLogger(__name__)
 
 REVISION = 2
 
-VERSIONS = ("candidate", "promoted")
 SCORERS = tuple(f"{prefix}_{axis}" for prefix in PAIRS.values() for axis in AXES)
 
-Scores = Mapping[str, Mapping[str, Tensor]]
-"""Raw scores [P] by role of the reward model and by version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One version's response to one prompt.
-
-    `candidate_logprob` is what this version gives to the *candidate's* response, in nats.
-    """
-
-    prompt_id: str
-    text: str
-    token_ids: list[int]
-    finished: bool
-    candidate_logprob: float
-
-
-Answers = Mapping[str, Sequence[Answer]]
-"""Answers by version, in the order of the prompts."""
+ANSWERS, VERSIONS = "answers", "versions"
+"""Tables of responses: both versions' answers, and those of all versions so far."""
 
 
 def run(
@@ -77,13 +74,18 @@ def run(
     open_version: Callable[[NodeContext, str], Version] = open_version,
     open_scorer: Callable[[NodeContext, str], Scorer] = open_scorer,
 ) -> None:
-    """Answer, score, compare, decide; writes decision.json, evaluation.json, responses.jsonl."""
+    """Answer, score, compare, decide; then measure what the decision does not look at.
+
+    Writes decision.json, evaluation.json, version_scores.jsonl, over_optimisation.json (if the
+    round has PPO) and responses.jsonl.
+    """
     config, directory = context.config, context.directory
     setup_torch(config.compute)
     directory.resume()
 
     candidate = open_version(context, "candidate")
-    prompts = heldout_prompts(context, candidate)
+    stored = _stored_prompts(context)
+    prompts = heldout_prompts(context, candidate, stored)
     answers: dict[str, Sequence[Answer]] = {}
     answers["candidate"] = _answer(context, "candidate", candidate, prompts, None)
     del candidate  # One model in memory at a time.
@@ -91,37 +93,34 @@ def run(
     answers["promoted"] = _answer(context, "promoted", promoted, prompts, answers["candidate"])
     del promoted
 
-    scores = _score(context, prompts, answers, open_scorer=open_scorer)
+    heldout = read_heldout(context, stored)
+    tables = _tables(context, prompts, answers, heldout)
+    wanted = {role: list(tables) if role in ROLES else [ANSWERS] for role in SCORERS}
+    done = len(SIDES) * _num_shards(context, prompts)
+    found = score_tables(context, tables, wanted, open_scorer=open_scorer, done=done)
+    scores = {role: as_tensors(found[role][ANSWERS]) for role in SCORERS}
 
-    asked = _asked(prompts)
-    settings = _settings(context)
-    compared = compare(
-        asked,
-        _answered(answers["candidate"], scores, "candidate"),
-        _answered(answers["promoted"], scores, "promoted"),
-        settings,
-    )
+    asked, settings = _asked(prompts), _settings(context)
+    new, old = (_answered(answers[side], scores, side) for side in SIDES)
+    compared = compare(asked, new, old, settings)
     reasons = decide(measurements(compared), config.evaluate.rule)
     _write_decision(context, reasons)
 
-    texts = {
-        **earlier_texts(context),
-        **{
-            _version_name(context, side): {row.prompt_id: row.text for row in answers[side]}
-            for side in VERSIONS
-        },
-    }
-    versions = score_versions(context, prompts, texts, open_scorer=open_scorer, settings=settings)
-    gold = _gold(context, prompts, answers, settings) if config.toy.enabled else None
+    golds = gold_values(config.seed, prompts, answers) if config.toy.enabled else None
+    of_judge = {role: found[role][VERSIONS] for role in ROLES}
     evaluation = {
-        **{side: _version_name(context, side) for side in VERSIONS},
+        **{side: _version_name(context, side) for side in SIDES},
         "prompts": {kind: len(rows) for kind, rows in by_kind(prompts).items()},
         **compared,
-        "versions": versions,
-        "gold": gold,
+        "length_controlled": length_controlled_gains(asked, new, old, settings),
+        "versions": version_means(tables[VERSIONS], of_judge, settings),
+        "gold": None if golds is None else gold_means(prompts, golds, settings),
     }
     directory.write_json("evaluation.json", evaluation)
-    directory.write_jsonl("responses.jsonl", _response_rows(prompts, answers, scores))
+    _write_tables(context, tables, found, heldout, settings)
+    unsafe_threshold = config.evaluate.unsafe_threshold
+    rows = response_rows(prompts, answers, scores, golds, unsafe_threshold=unsafe_threshold)
+    directory.write_jsonl("responses.jsonl", rows)
     _log_metrics(context, compared)
 
 
@@ -131,15 +130,21 @@ def _version_name(context: NodeContext, side: str) -> str:
     return context.inputs.models["promoted"].name
 
 
-def heldout_prompts(context: NodeContext, version: Version) -> list[Prompt]:
+def _stored_prompts(context: NodeContext) -> list[Prompt]:
+    """Return the held-out prompts of all sets."""
+    store = Store(Path(context.config.paths.store), context.config.data.stream)
+    sets = [store.prompts(item.id) for item in context.inputs.of_kind("prompts")]
+    return [prompt for rows in sets for prompt in rows if prompt.heldout]
+
+
+def heldout_prompts(
+    context: NodeContext, version: Version, heldout: Sequence[Prompt]
+) -> list[Prompt]:
     """Choose the prompts by the run's seed, so that every round is measured on the same ones.
 
     Raises DataError when there are none.
     """
     config = context.config
-    store = open_rows(context)
-    sets = [store.prompts(item.id) for item in context.inputs.of_kind("prompts")]
-    heldout = [prompt for rows in sets for prompt in rows if prompt.heldout]
     length = config.evaluate.sampling.max_new_tokens
     fitting = [p for p in heldout if version.fits(p.prompt, max_new_tokens=length)]
     if not fitting:
@@ -163,6 +168,10 @@ def choose_prompts(prompts: Sequence[Prompt], *, number: int, seed: int) -> list
     return keyed_order(chosen, seed=seed)
 
 
+def _num_shards(context: NodeContext, prompts: Sequence[Prompt]) -> int:
+    return math.ceil(len(prompts) / context.config.evaluate.shard_prompts)
+
+
 def _answer(
     context: NodeContext,
     name: str,
@@ -178,12 +187,12 @@ def _answer(
         rated = None if candidates is None else candidates[shard]
         return [asdict(row) for row in _answer_shard(context, version, prompts[shard], rated)]
 
-    num_shards = math.ceil(len(prompts) / size)
+    num_shards = _num_shards(context, prompts)
     found = context.directory.shards(
         [f"{name}-{number:05d}" for number in range(num_shards)],
         make,
-        done=VERSIONS.index(name) * num_shards,
-        total=len(VERSIONS) * num_shards + len(SCORERS),
+        done=SIDES.index(name) * num_shards,
+        total=len(SIDES) * num_shards + len(SCORERS),
     )
     return [Answer(**row) for rows in found for row in rows]
 
@@ -212,55 +221,25 @@ def _answer_shard(
     ]
 
 
-def _score(
+def _tables(
     context: NodeContext,
     prompts: Sequence[Prompt],
     answers: Answers,
-    *,
-    open_scorer: Callable[[NodeContext, str], Scorer],
-) -> dict[str, dict[str, Tensor]]:
-    """Score both versions' answers with every reward model; returns role to version to scores."""
-
-    def make(number: int) -> list[dict[str, Any]]:
-        scorer = open_scorer(context, SCORERS[number])
-        candidate, promoted = _score_both(scorer, prompts, answers)
-        rows = zip(candidate, promoted, strict=True)
-        return [dict(zip(VERSIONS, row, strict=True)) for row in rows]
-
-    before = len(VERSIONS) * math.ceil(len(prompts) / context.config.evaluate.shard_prompts)
-    found = context.directory.shards(
-        [f"scores-{role}" for role in SCORERS], make, done=before, total=before + len(SCORERS)
-    )
-    scores = {
-        role: {name: torch.tensor([row[name] for row in rows]) for name in VERSIONS}
-        for role, rows in zip(SCORERS, found, strict=True)
+    heldout: Heldout | None,
+) -> dict[str, Table]:
+    """Return all that reward models score here; the decision rests on the first table alone."""
+    texts = {
+        **earlier_texts(context),
+        **{
+            _version_name(context, side): {row.prompt_id: row.text for row in answers[side]}
+            for side in SIDES
+        },
     }
-    for role, columns in scores.items():
-        if not all(bool(column.isfinite().all()) for column in columns.values()):
-            raise StageError(f"{role} gave a score that is not finite: check how its training went")
-    return scores
-
-
-def _score_both(
-    scorer: Scorer, prompts: Sequence[Prompt], answers: Answers
-) -> tuple[list[float], list[float]]:
-    """Score the candidate's answers and the promoted version's; equal texts get equal scores.
-
-    Each text is scored once: in another batch its score may differ in the last digits, which would
-    turn a tie into a win.
-    """
-    texts = {name: [answer.text for answer in answers[name]] for name in VERSIONS}
-    messages: list[list[Message]] = [prompt.prompt for prompt in prompts]
-    others = [i for i, text in enumerate(texts["promoted"]) if text != texts["candidate"][i]]
-    scores = scorer(
-        [*messages, *(messages[i] for i in others)],
-        [*texts["candidate"], *(texts["promoted"][i] for i in others)],
-    ).tolist()
-    candidate = scores[: len(prompts)]
-    promoted = list(candidate)
-    for i, score in zip(others, scores[len(prompts) :], strict=True):
-        promoted[i] = score
-    return candidate, promoted
+    found = {
+        ANSWERS: Table(prompts, {side: [row.text for row in answers[side]] for side in SIDES}),
+        VERSIONS: versions_table(prompts, texts),
+    }
+    return found if heldout is None else {**found, PPO: heldout.table()}
 
 
 def _asked(prompts: Sequence[Prompt]) -> Asked:
@@ -271,7 +250,9 @@ def _asked(prompts: Sequence[Prompt]) -> Asked:
     )
 
 
-def _answered(answers: Sequence[Answer], scores: Scores, version: str) -> Answered:
+def _answered(
+    answers: Sequence[Answer], scores: Mapping[str, Mapping[str, Tensor]], version: str
+) -> Answered:
     return Answered(
         num_tokens=[len(answer.token_ids) for answer in answers],
         finished=[answer.finished for answer in answers],
@@ -292,31 +273,20 @@ def _settings(context: NodeContext) -> Settings:
     )
 
 
-def _gold(
-    context: NodeContext, prompts: Sequence[Prompt], answers: Answers, settings: Settings
-) -> dict[str, Any]:
-    """Return the toy world's true values of both versions, which the decision never sees."""
-    world = World(context.config.seed)
-    kinds = [prompt_kind(prompt) for prompt in prompts]
-    mask = {kind: [found == kind for found in kinds] for kind in ("safety", "benign")}
-    not_safety = [kind != "safety" for kind in kinds]
-    clusters = _asked(prompts).clusters
-    level = settings.level
-    found = {}
-    for name in VERSIONS:
-        golds = [
-            world.gold(prompt.prompt, answer.text)
-            for prompt, answer in zip(prompts, answers[name], strict=True)
-        ]
-        helpfulness = [gold.helpfulness for gold in golds]
-        violations = [gold.violation for gold in golds]
-        over_refusals = [gold.over_refusal for gold in golds]
-        found[name] = {
-            "helpfulness": mean_value(helpfulness, clusters, not_safety, settings=settings),
-            "violation_rate": rate(violations, clusters, mask["safety"], level=level),
-            "over_refusal_rate": rate(over_refusals, clusters, mask["benign"], level=level),
-        }
-    return found
+def _write_tables(
+    context: NodeContext,
+    tables: Mapping[str, Table],
+    scores: Mapping[str, Mapping[str, Scores]],
+    heldout: Heldout | None,
+    settings: Settings,
+) -> None:
+    """Write what is measured beside the decision: all versions, and over-optimisation in PPO."""
+    of_judge = {role: scores[role][VERSIONS] for role in ROLES}
+    context.directory.write_jsonl("version_scores.jsonl", version_rows(tables[VERSIONS], of_judge))
+    if heldout is not None:
+        canary = {axis: scores[f"judge_{axis}"][PPO] for axis in AXES}
+        found = over_optimisation(context, heldout, canary, settings)
+        context.directory.write_json("over_optimisation.json", found)
 
 
 def _write_decision(context: NodeContext, reasons: Sequence[Reason]) -> None:
@@ -334,25 +304,6 @@ def _write_decision(context: NodeContext, reasons: Sequence[Reason]) -> None:
         "reasons": [asdict(reason) for reason in reasons],
     }
     context.directory.write_json("decision.json", decision)
-
-
-def _response_rows(
-    prompts: Sequence[Prompt], answers: Answers, scores: Scores
-) -> list[dict[str, Any]]:
-    """Return one row per prompt: both responses and what every reward model gave them."""
-    return [
-        {
-            "prompt_id": prompt.id,
-            "kind": prompt_kind(prompt),
-            "prompt": prompt.prompt,
-            "responses": {name: answers[name][i].text for name in VERSIONS},
-            "scores": {
-                role: {name: columns[name][i].item() for name in VERSIONS}
-                for role, columns in scores.items()
-            },
-        }
-        for i, prompt in enumerate(prompts)
-    ]
 
 
 def _log_metrics(context: NodeContext, compared: Mapping[str, Any]) -> None:

@@ -39,11 +39,15 @@ from rlhf.training.rollout import Roles
 
 log = logging.getLogger(__name__)
 
-REVISION = 1
+REVISION = 2
 
 
 def run(context: NodeContext) -> None:
-    """Write model/ (with LoRA also adapter/), metrics.jsonl, samples.jsonl and ppo.json."""
+    """Write model/ (with LoRA also adapter/), ppo.json, and the logs of metrics and responses.
+
+    The logs: metrics.jsonl, samples.jsonl (some rollouts) and heldout.jsonl (every response to the
+    held-out prompts, at every scoring).
+    """
     config, directory = context.config, context.directory
     check_generator(config)
     device = setup_torch(config.compute)

@@ -24,10 +24,12 @@ from rlhf.inference.best_of import Part, choose_prompts, sample_and_score
 from rlhf.inference.winners import (
     Row,
     choose_winner,
+    diversity,
     draw_pool,
     ranking_axis,
     response_counts,
     selection_curves,
+    winners_from,
 )
 from rlhf.models.loading import (
     load_policy,
@@ -40,7 +42,7 @@ from rlhf.training.sft import fine_tune
 
 log = logging.getLogger(__name__)
 
-REVISION = 1
+REVISION = 2
 NUM_SAMPLES_SHOWN = 20
 """Winners written to samples.jsonl."""
 
@@ -65,7 +67,8 @@ def run(context: NodeContext) -> None:
         )
     directory.write_jsonl("winners.jsonl", winners)
     curves = selection_curves(rows)
-    encoded, mixture = _training_rows(context, winners, tokenizer)
+    pool = _pool(context, winners)
+    encoded, mixture = _training_rows(context, winners, pool, tokenizer)
     model = load_policy(
         context.inputs.models["init"].path, model=config.model, seed=context.seed
     ).to(device)
@@ -89,8 +92,32 @@ def run(context: NodeContext) -> None:
         "responses": response_counts(rows, threshold=threshold),
         "fine_tuning": mixture,
         "against_n": curves,
+        **_origin(context, rows, prompts, pool),
     }
     directory.write_json("selection.json", selection)
+
+
+def _origin(
+    context: NodeContext, rows: Sequence[Row], prompts: Sequence[Prompt], pool: Sequence[Row]
+) -> Row:
+    """Return who sampled how, how different the samples are, and where the winners come from."""
+    config, settings = context.config, context.config.evaluate
+    return {
+        "version": context.inputs.models["policy"].name,
+        "temperature": config.rejection.sampling.temperature,
+        "diversity": {
+            "self_bleu": diversity(
+                rows, level=settings.level, num_draws=settings.bootstrap_draws, seed=context.seed
+            )
+        },
+        "winners_from": winners_from(
+            rows,
+            sources={prompt.id: prompt.source for prompt in prompts},
+            pool=pool,
+            num_samples=config.rejection.num_samples,
+            threshold=config.gate.threshold,
+        ),
+    }
 
 
 def _winner(row: Row, *, threshold: float, round: int) -> Row | None:
@@ -130,21 +157,31 @@ def _scored_rows(
     return [rows[prompt.id] for prompt in prompts]
 
 
-def _training_rows(
-    context: NodeContext, winners: Sequence[Row], tokenizer: Any
-) -> tuple[list[Encoded], Row]:
-    """Return the encoded mixture of winners, earlier winners and demonstrations, and its counts."""
-    config, settings = context.config, context.config.rejection
-    share = settings.pool_share + settings.sft_share
-    per_share = len(winners) / (1.0 - share)
-    pool = draw_pool(
+def _per_share(context: NodeContext, winners: Sequence[Row]) -> float:
+    """Return the fine-tuning rows of which this round's winners leave the shares of the others."""
+    settings = context.config.rejection
+    return len(winners) / (1.0 - (settings.pool_share + settings.sft_share))
+
+
+def _pool(context: NodeContext, winners: Sequence[Row]) -> list[Row]:
+    """Draw earlier rounds' winners in their share."""
+    share = context.config.rejection.pool_share
+    return draw_pool(
         _earlier_winners(context),
         winners,
-        num_rows=round(per_share * settings.pool_share),
+        num_rows=round(_per_share(context, winners) * share),
         seed=context.seed,
     )
+
+
+def _training_rows(
+    context: NodeContext, winners: Sequence[Row], pool: Sequence[Row], tokenizer: Any
+) -> tuple[list[Encoded], Row]:
+    """Return the encoded mixture of winners, earlier winners and demonstrations, and its counts."""
+    config = context.config
+    share = config.rejection.sft_share
     demonstrations = _demonstrations(
-        context, num_rows=round(per_share * settings.sft_share), tokenizer=tokenizer
+        context, num_rows=round(_per_share(context, winners) * share), tokenizer=tokenizer
     )
     encoded = [
         encode_conversation(

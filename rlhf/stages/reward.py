@@ -60,8 +60,8 @@ class Comparisons:
 def run(context: NodeContext) -> None:
     """Train the model of the node's axis and role and measure it on held-out comparisons.
 
-    Writes mixture.json, accuracy_before.json (if there is a previous model), model/, scores.jsonl
-    and accuracy.json.
+    Writes mixture.json, model/, scores.jsonl and accuracy.json; where there is a previous model,
+    scores_before.jsonl and accuracy_before.json, too.
     """
     config, directory = context.config, context.directory
     device = setup_torch(config.compute)
@@ -244,6 +244,7 @@ def measure_before(context: NodeContext, data: Comparisons, device: torch.device
     kept = cap_by_prompt(rows, config.reward.max_heldout)
     folder = context.inputs.models["previous"].path
     pairs = score(context, folder, kept, device, swapped=False)
+    context.directory.write_jsonl("scores_before.jsonl", [pair.to_json() for pair in pairs])
     context.directory.write_json("accuracy_before.json", report(context, data, pairs))
 
 

@@ -24,7 +24,7 @@ from rlhf.config import Config
 from rlhf.data.records import Prompt
 from rlhf.training.layout import check_conditions, conditions
 from rlhf.training.ppo_engine import PpoEngine
-from rlhf.training.ppo_report import mean, rollout_row, sample_rows, update_row
+from rlhf.training.ppo_report import heldout_rows, mean, rollout_row, sample_rows, update_row
 from rlhf.training.ppo_state import (
     PpoState,
     load_weights,
@@ -186,6 +186,8 @@ class PpoLoop:
         else:
             state.without_improvement += 1
         state.heldout.append(found)
+        for row in heldout_rows(rollouts, kl_B.tolist(), iteration=state.iteration):
+            self._directory.heldout.append(row)
         return score
 
     # Records and checkpoints

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl and samples.jsonl for one PPO iteration."""
+"""Rows of metrics.jsonl, samples.jsonl and heldout.jsonl for one PPO iteration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rlhf import metrics
 from rlhf.algo.losses import explained_variance
 from rlhf.algo.masked import masked_mean
-from rlhf.training.rollout import Experience
+from rlhf.training.rollout import Experience, Rollout
 
 SAMPLES_PER_ITERATION = 4
 
@@ -74,6 +74,25 @@ def sample_rows(experience: Experience, *, iteration: int) -> list[dict[str, Any
         for rollout, kl in list(zip(experience.rollouts, experience.kl_B.tolist(), strict=True))[
             :SAMPLES_PER_ITERATION
         ]
+    ]
+
+
+def heldout_rows(
+    rollouts: Sequence[Rollout], kls: Sequence[float], *, iteration: int
+) -> list[dict[str, Any]]:
+    """Return every held-out response of one scoring; `kls` are log p - log p_start, in nats."""
+    return [
+        {
+            "iteration": iteration,
+            "prompt_id": rollout.prompt.id,
+            "kl_to_start": kl,
+            "finished": rollout.response.finished,
+            "num_tokens": len(rollout.response.token_ids),
+            "text": rollout.response.text,
+            "score_helpfulness": rollout.score_helpfulness,
+            "score_safety": rollout.score_safety,
+        }
+        for rollout, kl in zip(rollouts, kls, strict=True)
     ]
 
 
