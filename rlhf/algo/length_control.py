@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from rlhf.algo.intervals import (
     DRAWS_AT_ONCE,
+    NOTHING,
     Interval,
     interval_json,
     paired_clustered_bootstrap,
@@ -32,6 +33,8 @@ Floats = NDArray[np.float64]
 
 NUM_BUCKETS = 10
 """Buckets at most: of equal mass over both versions' lengths; equal lengths stay together."""
+MIN_PER_BUCKET = 10
+"""Responses per bucket at least, on average; with room for fewer than two, nothing is measured."""
 
 
 def length_controlled(
@@ -45,23 +48,29 @@ def length_controlled(
     num_draws: int,
     seed: int,
     num_buckets: int = NUM_BUCKETS,
+    min_per_bucket: int = MIN_PER_BUCKET,
 ) -> dict[str, Any]:
     """Return gain, gain within buckets, their ratio and the buckets, as evaluation.json holds them.
 
     All inputs [P], row i of both versions answering the same prompt; raw scores of one reward
     model. Intervals are percentile bootstraps over clusters with the buckets of the whole sample.
     `within_buckets.n` counts responses in buckets that both versions reach. `share` and its limits
-    are None unless the gain's interval leaves out 0: a share of nothing means nothing.
+    are None unless the gain's interval leaves out 0: a share of nothing means nothing. Too few
+    responses for two buckets: all but the gain is None or empty.
     """
+    room = 2 * len(clusters) // min_per_bucket
     gain = paired_clustered_bootstrap(
         candidate_scores, promoted_scores, clusters, num_draws=num_draws, seed=seed, level=level
     )
     found: dict[str, Any] = {"gain": interval_json(gain, len(clusters))}
+    if room < 2:
+        nothing = dict.fromkeys(("share", "share_low", "share_high"))
+        return {**found, "within_buckets": interval_json(NOTHING, 0), **nothing, "buckets": []}
     tables = _Tables(
         np.asarray([candidate_scores, promoted_scores], dtype=np.float64),
         np.asarray([candidate_tokens, promoted_tokens], dtype=np.int64),
         clusters,
-        num_buckets=num_buckets,
+        num_buckets=min(num_buckets, room),
     )
     within, share = tables.bootstrap(num_draws=num_draws, seed=seed, level=level)
     found["within_buckets"] = interval_json(within, tables.num_comparable())
@@ -77,7 +86,7 @@ def buckets(tokens: NDArray[np.int64], *, num_buckets: int) -> NDArray[np.int64]
     """Return the bucket of each length, numbered from 0 without gaps; same shape as `tokens`."""
     ordered = np.sort(tokens, axis=None)
     rank = np.searchsorted(ordered, tokens, side="left")
-    wanted = rank * num_buckets // max(ordered.size, 1)
+    wanted = rank * num_buckets // ordered.size
     return np.unique(wanted, return_inverse=True)[1].reshape(tokens.shape)
 
 
@@ -96,7 +105,7 @@ class _Tables:
         cluster_P = [numbers.setdefault(label, len(numbers)) for label in clusters]
         bucket_2P = buckets(tokens_2P, num_buckets=num_buckets)
         self._tokens_2P, self._bucket_2P = tokens_2P, bucket_2P
-        size = int(bucket_2P.max()) + 1 if bucket_2P.size else 0
+        size = int(bucket_2P.max()) + 1
         self.counts_C2B = np.zeros((len(numbers), 2, size))
         self.sums_C2B = np.zeros_like(self.counts_C2B)
         for version in (0, 1):
@@ -112,8 +121,6 @@ class _Tables:
     def bootstrap(self, *, num_draws: int, seed: int, level: float) -> tuple[Interval, Interval]:
         """Return the gain within buckets and its share of the whole gain, with limits."""
         num_clusters = len(self.counts_C2B)
-        if num_clusters == 0:
-            return Interval(math.nan, math.nan, math.nan), Interval(math.nan, math.nan, math.nan)
         mean = _within_and_share(self.counts_C2B.sum(0)[None], self.sums_C2B.sum(0)[None])
         rng = np.random.default_rng(seed)
         blocks = []
