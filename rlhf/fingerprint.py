@@ -32,6 +32,15 @@ STAGE_GROUPS: Mapping[str, tuple[str, ...]] = {
         "evaluate.bootstrap_draws",
         "evaluate.unsafe_threshold",
     ),
+    "sweep": (
+        "model",
+        "data",
+        "gate",
+        "rejection",
+        "generator",
+        "evaluate.level",
+        "evaluate.bootstrap_draws",
+    ),
     "sample": ("model", "data", "rejection", "generator"),
     "rejection": (
         "model",

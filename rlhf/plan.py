@@ -239,7 +239,7 @@ class _Wiring:
         stage = RoundStage[item.stage]
         if stage is not RoundStage.ppo:
             samples = self._samples(k, item.sampling_jobs) if item.sampling_jobs > 1 else []
-            nodes += [*samples, self._rejection(k, samples)]
+            nodes += [*self._sweep(k), *samples, self._rejection(k, samples)]
         if stage is not RoundStage.rejection:
             start = self._output(k, "rejection") if stage is RoundStage.rejection_ppo else ""
             nodes.append(self._ppo(k, start or f"promoted({k - 1})"))
@@ -273,11 +273,28 @@ class _Wiring:
         options = {"axis": axis, "role": "judge"}
         return self._node(node_name(k, f"judge-{axis}"), "reward", k, inputs, options)
 
+    def _sweep(self, k: int) -> list[Node]:
+        """Return the node that chooses the round's temperature, where there is a choice."""
+        if not self.config.rejection.temperatures:
+            return []
+        inputs = {
+            "policy": f"promoted({k - 1})",
+            **self._scorers(k),
+            "prompts": "set(prompts)",
+        }
+        options = {"for": node_name(k, "rejection")}
+        return [self._node(node_name(k, "sweep"), "sweep", k, inputs, options)]
+
+    def _temperature(self, k: int) -> dict[str, str]:
+        has_sweep = bool(self.config.rejection.temperatures)
+        return {"sweep": f"node({node_name(k, 'sweep')})"} if has_sweep else {}
+
     def _samples(self, k: int, number: int) -> list[Node]:
         """Return the nodes that sample side by side for the round's rejection node."""
         inputs = {
             "policy": f"promoted({k - 1})",
             **self._scorers(k),
+            **self._temperature(k),
             "prompts": "set(prompts)",
         }
         made_for = node_name(k, "rejection")
@@ -299,6 +316,7 @@ class _Wiring:
             RejectionInit.base: "model",
         }[self.config.rejection.init]
         inputs = {"policy": f"promoted({k - 1})", "init": init, **self._scorers(k)}
+        inputs |= self._temperature(k)
         inputs |= {f"sampled_{n}": f"node({node.name})" for n, node in enumerate(samples)}
         earlier = [
             item.round

@@ -11,9 +11,11 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rlhf.config import Config, TrackingMode
+from rlhf.errors import STOPPED_EXIT, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,20 @@ class Tracker:
         self._active = config.tracking.mode is not TrackingMode.none
         self._run: Any = None
 
+    def __enter__(self) -> Tracker:
+        """Track what happens inside the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the tracked run, as failed when the block ends by an error."""
+        stopped = isinstance(error, Stopped)
+        self.finish(exit_code=0 if error is None else STOPPED_EXIT if stopped else 1)
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Send one row of metrics; its `step` is the axis of all charts."""
         if not self._active:
@@ -52,12 +68,12 @@ class Tracker:
         except Exception as error:
             self._give_up(error)
 
-    def finish(self) -> None:
-        """Close the tracked run."""
+    def finish(self, *, exit_code: int = 0) -> None:
+        """Close the tracked run; any exit code but 0 marks it as failed."""
         if self._run is None:
             return
         try:
-            self._run.finish()
+            self._run.finish(exit_code=exit_code)
         except Exception as error:
             self._give_up(error)
         self._run = None

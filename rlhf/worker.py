@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -175,15 +176,12 @@ def work(
         inputs, provenance = processes.broadcast(begun, "the node's inputs")
         started = time.monotonic() - read_progress(folder)["seconds"]
         context = NodeContext(config, node, inputs, directory, node_seed(config.seed, name))
-        tracker = Tracker(config, name, folder) if processes.is_main else None
-        directory.metrics.mirror = tracker.log if tracker else None
-        importlib.import_module(stages[node.stage]).run(context)
-        # Every process's reading is written before the first one adds them up.
-        meter.stop()
-        processes.wait("end of the stage")
-        if tracker is None:
+        with Tracker(config, name, folder) if processes.is_main else nullcontext() as tracker:
+            directory.metrics.mirror = tracker.log if tracker else None
+            importlib.import_module(stages[node.stage]).run(context)
+            processes.wait("end of the stage")
+        if not processes.is_main:
             return
-        tracker.finish()
         entries = _manifest_entries(config, node, inputs, provenance)
         entries |= node_usage(folder, config, watts=device_watts(config, has_gpu=has_gpu))
         entries["num_processes"] = processes.size

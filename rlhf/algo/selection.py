@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,6 +44,39 @@ def max_and_median_against_n(scores_PK: ArrayLike) -> tuple[list[float], list[fl
         middle = _rank_weights(num_samples, n, lower) + _rank_weights(num_samples, n, upper)
         medians.append(float(0.5 * middle @ mean_by_rank_K))
     return maxima, medians
+
+
+def sweep_scores(values_TP: ArrayLike, axis_P: Sequence[Hashable]) -> NDArray[np.float64]:
+    """Return each prompt's score at each of T temperatures on one scale, shape [T, P].
+
+    Prompt p is valued by the reward model of its axis a, and scores of two models are on different
+    scales. So each axis is standardised by itself, over all its prompts and all temperatures:
+
+        z[t, p] = (value[t, p] - mean_a) / sd_a
+
+    The mean of a row over all prompts then weighs the axes by their prompts. An axis whose values
+    are all equal says nothing and gets 0.
+    """
+    values: NDArray[np.float64] = np.asarray(values_TP, dtype=np.float64)
+    assert values.ndim == 2, f"values must be [temperatures, prompts], got {values.shape}"
+    assert values.shape[1] == len(axis_P), f"{values.shape[1]} prompts need as many axes"
+    if not np.isfinite(values).all():
+        raise StageError("a score is NaN or infinite: check the reward models")
+    scores = np.zeros_like(values)
+    for axis in dict.fromkeys(axis_P):
+        columns = [index for index, found in enumerate(axis_P) if found == axis]
+        own = values[:, columns]
+        spread = float(own.std())
+        if spread > 1e-12 * max(1.0, float(np.abs(own).max())):
+            scores[:, columns] = (own - own.mean()) / spread
+    return scores
+
+
+def best_temperature(temperatures: Sequence[float], scores: Sequence[float]) -> int:
+    """Return the index of the highest score; of equal ones, to 1e-9, the lowest temperature."""
+    highest = max(scores)
+    equal = [index for index, score in enumerate(scores) if score >= highest - 1e-9]
+    return min(equal, key=lambda index: temperatures[index])
 
 
 def kl_best_of_n(n: int) -> float:

@@ -113,6 +113,7 @@ class Resources:
 
     sft: StageResources = field(default_factory=StageResources)
     reward: StageResources = field(default_factory=StageResources)
+    sweep: StageResources = field(default_factory=StageResources)
     sample: StageResources = field(default_factory=StageResources)
     rejection: StageResources = field(default_factory=StageResources)
     ppo: StageResources = field(default_factory=StageResources)

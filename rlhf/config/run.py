@@ -37,6 +37,7 @@ AT_LEAST_ONE = (
     "num_samples",
     "num_prompts",
     "num_pairs",
+    "sweep_prompts",
     "num_ppo_epochs",
     "num_threads",
     "parallel_nodes",

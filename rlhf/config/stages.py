@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from rlhf.config.base import (
@@ -121,6 +122,10 @@ class Rejection:
     """Responses per prompt (K); the paper does not give it, later work uses 10 to 30."""
     num_prompts: int | None = result(None)
     """Prompts per round; null uses every training prompt."""
+    temperatures: list[float] = result([])
+    """Temperatures of the round's sweep, whose best one samples; empty: sampling.temperature."""
+    sweep_prompts: int = result(100)
+    """Prompts of the round that are sampled at every temperature of the sweep; not in the paper."""
     shard_prompts: int = result(64)
     """Prompts per checkpointed shard."""
     pool_share: float = result(0.3)
@@ -144,6 +149,28 @@ class Rejection:
             "rejection.pool_share + sft_share",
             share,
             "leave room for this round's winners",
+        )
+        self._check_temperatures()
+
+    def _check_temperatures(self) -> None:
+        given = self.temperatures
+        require(
+            all(0 < value < math.inf for value in given),
+            "rejection.temperatures",
+            given,
+            "give temperatures above 0",
+        )
+        require(
+            len(set(given)) == len(given),
+            "rejection.temperatures",
+            given,
+            "name each temperature once",
+        )
+        require(
+            len(given) != 1,
+            "rejection.temperatures",
+            given,
+            "a sweep compares at least two; for a single one set rejection.sampling.temperature",
         )
 
 

@@ -73,6 +73,39 @@ def selection_curves(rows: Sequence[Row]) -> Row:
     return curves
 
 
+def usable_scores(row: Row, *, threshold: float) -> tuple[str, list[float], float]:
+    """Return the axis of a prompt, its scores of responses that could win, and its lowest score.
+
+    The axis is that of the tag, so that it is the same at every temperature: safety where the
+    prompt is tagged. Else helpfulness, and only responses that pass the gate could win by it.
+    """
+    axis = "safety" if row["is_safety"] else "helpfulness"
+    usable = [
+        response[axis]
+        for response in row["responses"]
+        if response["finished"] and (axis == "safety" or _passes(response, threshold))
+    ]
+    return axis, usable, min(response[axis] for response in row["responses"])
+
+
+def sweep_values(
+    rows_T: Sequence[Sequence[Row]], *, threshold: float
+) -> tuple[list[list[float]], list[str]]:
+    """Return the best-of-K value of each prompt at each temperature, [T][P], and its axis, [P].
+
+    The value is the highest raw score of a response that could win. Where none could, the prompt
+    is lost to training, and counts with the lowest score that any response to it got at any
+    temperature.
+    """
+    found = [[usable_scores(row, threshold=threshold) for row in rows] for rows in rows_T]
+    lowest = [min(column[2] for column in columns) for columns in zip(*found, strict=True)]
+    values = [
+        [max(usable, default=lowest[p]) for p, (_, usable, _) in enumerate(of_temperature)]
+        for of_temperature in found
+    ]
+    return values, [axis for axis, _, _ in found[0]]
+
+
 def response_counts(rows: Sequence[Row], *, threshold: float) -> dict[str, int]:
     """Count responses, unfinished ones, and finished ones below the gate's threshold."""
     responses = [response for row in rows for response in row["responses"]]

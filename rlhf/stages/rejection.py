@@ -20,7 +20,12 @@ from rlhf.data.corrections import drop_gone, open_rows
 from rlhf.data.prompts import keyed_digest
 from rlhf.data.records import Prompt
 from rlhf.errors import StageError
-from rlhf.inference.best_of import Part, choose_prompts, sample_and_score
+from rlhf.inference.best_of import (
+    Part,
+    choose_prompts,
+    chosen_temperature,
+    sample_and_score,
+)
 from rlhf.inference.winners import (
     Row,
     choose_winner,
@@ -104,7 +109,7 @@ def _origin(
     config, settings = context.config, context.config.evaluate
     return {
         "version": context.inputs.models["policy"].name,
-        "temperature": config.rejection.sampling.temperature,
+        "temperature": chosen_temperature(context),
         "diversity": {
             "self_bleu": diversity(
                 rows, level=settings.level, num_draws=settings.bootstrap_draws, seed=context.seed
