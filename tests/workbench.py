@@ -34,6 +34,7 @@ from rlhf.worker import process_environment
 NODES = {
     "sft": "sft",
     "reward": "round-02/reward-helpfulness",
+    "sweep": "round-01/sweep",
     "rejection": "round-01/rejection",
     "ppo": "round-02/ppo",
     "evaluate": "round-02/evaluate",
@@ -45,6 +46,7 @@ TRAINING = ("sft", "reward", "rejection", "ppo")
 LAST_ARTIFACT = {
     "sft": "model",
     "reward": "accuracy.json",
+    "sweep": "temperature.json",
     "rejection": "selection.json",
     "ppo": "ppo.json",
     "evaluate": "responses.jsonl",
@@ -150,12 +152,12 @@ def ancestors(plan: Plan, name: str) -> list[Node]:
 def steps(stage: str, reference: TinyRun) -> list[int]:
     """Return the numbers that a stage's uninterrupted run reports, those first that come first.
 
-    Evaluate does not count the scores of earlier versions. Rejection counts shards, then optimizer
-    steps from 1 again: only those that no shard has are usable as a place.
+    Rejection counts shards, then optimizer steps from 1 again: only those that no shard has are
+    usable as a place.
     """
     folder = reference.folder / NODES[stage]
-    shards = len([path for path in folder.glob("shards/*") if "versions-" not in path.name])
-    if stage == "evaluate":
+    shards = len(list(folder.glob("shards/*")))
+    if stage in ("evaluate", "sweep"):
         return list(range(1, shards + 1))
     if stage == "collect":
         return _pair_counts(folder, reference.config.collect.num_pairs)

@@ -48,8 +48,16 @@ def assert_same_files(folder: Path, tiny: TinyRun, name: str, *patterns: str) ->
 def test_evaluate_on_two_processes_is_the_same_bits(bench: Workbench, tmp_path: Path) -> None:
     name = NODES["evaluate"]
     folder = run(bench, name, tmp_path)
-    files = ("shards/*", "evaluation.json", "decision.json", "responses.jsonl")
+    files = ("shards/*", "evaluation.json", "decision.json", "over_optimisation.json")
+    files += ("responses.jsonl", "version_scores.jsonl")
     assert_same_files(folder, bench.tiny, name, *files)
+
+
+@pytest.mark.distributed
+def test_sweep_on_two_processes_is_the_same_bits(bench: Workbench, tmp_path: Path) -> None:
+    name = NODES["sweep"]
+    folder = run(bench, name, tmp_path)
+    assert_same_files(folder, bench.tiny, name, "shards/*", "temperature.json")
 
 
 @pytest.mark.distributed
@@ -82,4 +90,5 @@ def test_training_stages_write_what_one_process_writes(
     )
     assert ours["files"].keys() == wanted["files"].keys()
     if stage == "reward":
-        assert_same_files(folder, bench.tiny, name, "mixture.json", "accuracy_before.json")
+        files = ("mixture.json", "accuracy_before.json", "scores_before.jsonl")
+        assert_same_files(folder, bench.tiny, name, *files)

@@ -41,6 +41,7 @@ MORE = {"collect": ("before-rename:batches/round-02", "after-rename:batches/roun
 BY_DEFAULT = {
     ("sft", "step-50"),
     ("reward", "before-rename:unit"),
+    ("sweep", "step-50"),
     ("rejection", "step-75"),
     ("ppo", "step-50"),
     ("evaluate", "before-rename:unit"),
@@ -147,7 +148,8 @@ def test_another_process_gets_the_same_bits(bench: Workbench) -> None:
     found = bench.reference(name).folder / name
     wanted = bench.tiny.folder / name
     assert digest(found) == digest(wanted)
-    assert (found / "samples.jsonl").read_bytes() == (wanted / "samples.jsonl").read_bytes()
+    for file in ("samples.jsonl", "heldout.jsonl"):
+        assert (found / file).read_bytes() == (wanted / file).read_bytes()
     metrics = rows_without_time(found / "metrics.jsonl")
     assert metrics == rows_without_time(wanted / "metrics.jsonl")
 

@@ -27,26 +27,28 @@ FILES = {
     "sft": POLICY | {"data_counts.json", "metrics.jsonl"},
     "collect": {"pairs.jsonl", "rated.jsonl", "batch.json"},
     "reward": MODEL | {"mixture.json", "scores.jsonl", "accuracy.json", "metrics.jsonl"},
+    "sweep": {"temperature.json"}
+    | {f"shards/t{index:02d}-{number}.jsonl" for index in range(2) for number in SHARDS[:2]},
     "rejection": POLICY
     | {"winners.jsonl", "selection.json", "metrics.jsonl", "samples.jsonl"}
     | {f"shards/{number}.jsonl" for number in SHARDS},
-    "ppo": POLICY | {"ppo.json", "metrics.jsonl", "samples.jsonl"},
+    "ppo": POLICY | {"ppo.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl"},
     "evaluate": {"responses.jsonl", "evaluation.json", "decision.json", "metrics.jsonl"}
+    | {"version_scores.jsonl"}
     | {f"shards/{who}-{n}.jsonl" for who in ("candidate", "promoted") for n in SHARDS}
-    | {f"shards/scores-{role}.jsonl" for role in SCORERS}
-    | {f"shards/versions-judge_{axis}.jsonl" for axis in AXES},
+    | {f"shards/scores-{role}.jsonl" for role in SCORERS},
 }
 
 NAMES = [
     "sft",
     *(
         f"round-{number:02d}/{name}"
-        for number, stage in ((1, "rejection"), (2, "ppo"))
+        for number, stages in ((1, ("sweep", "rejection")), (2, ("ppo",)))
         for name in (
             "collect",
             "reward-helpfulness",
             "reward-safety",
-            stage,
+            *stages,
             "judge-helpfulness",
             "judge-safety",
             "evaluate",
@@ -69,7 +71,9 @@ def test_node_leaves_exactly_its_artifacts_and_a_valid_manifest(name: str, tiny:
     node, folder = tiny.plan.node(name), tiny.folder / name
     expected = EVERY_NODE | FILES[node.stage]
     if node.stage == "reward" and node.round > 1 and node.options["role"] == "reward":
-        expected = expected | {"accuracy_before.json"}
+        expected = expected | {"accuracy_before.json", "scores_before.jsonl"}
+    if node.stage == "evaluate" and node.round == 2:
+        expected = expected | {"over_optimisation.json"}
     found = set(list_files(folder))
     # How many shards a collection needs depends on what the versions answer.
     shards = {file for file in found if file.startswith("shards/")}
@@ -155,16 +159,54 @@ def test_a_third_round_runs_only_its_own_nodes(tiny: TinyRun, tmp_path: Path) ->
 
     assert {name: tree(run.folder / name) for name in NAMES} == before
     added = [node.name for node in run.plan.nodes][len(NAMES) :]
-    assert [name.partition("/")[0] for name in added] == ["round-03"] * 7
+    assert [name.partition("/")[0] for name in added] == ["round-03"] * 8
     assert "round-03/rejection" in added
     for name in added:
-        assert done.stdout.count(f"/7] {name} done in") == 1
+        assert done.stdout.count(f"/8] {name} done in") == 1
         assert NodeDir(run.folder / name).is_done()
-    assert done.stdout.count(" done in ") == 7
+    assert done.stdout.count(" done in ") == 8
     assert len(read_json(run.folder / "report.json")["versions"]) == 4
     # Round 3 learns from the winners of round 1, too.
     selection = read_json(run.folder / "round-03/rejection/selection.json")
     assert selection["fine_tuning"]["pool"] > 0
+    assert selection["winners_from"]["pool_rounds"] == {"1": selection["fine_tuning"]["pool"]}
+
+
+def test_the_round_samples_at_the_temperature_that_its_sweep_chose(tiny: TinyRun) -> None:
+    found = read_json(tiny.folder / "round-01/sweep/temperature.json")
+    assert [row["temperature"] for row in found["temperatures"]] == [0.8, 1.2]
+    [chosen] = [row for row in found["temperatures"] if row["chosen"]]
+    selection = read_json(tiny.folder / "round-01/rejection/selection.json")
+    assert selection["temperature"] == found["chosen"] == chosen["temperature"]
+    assert selection["version"] == found["version"] == "v0"
+    # The sweep draws the random numbers of the rejection node for prompts of its own.
+    index = found["temperatures"].index(chosen)
+    swept = [
+        row
+        for number in SHARDS[:2]
+        for row in read_jsonl(tiny.folder / f"round-01/sweep/shards/t{index:02d}-{number}.jsonl")
+    ]
+    sampled = {
+        row["prompt_id"]: [response["text"] for response in row["responses"]]
+        for number in SHARDS
+        for row in read_jsonl(tiny.folder / f"round-01/rejection/shards/{number}.jsonl")
+    }
+    shared = [row for row in swept if row["prompt_id"] in sampled]
+    assert len(shared) >= 11
+    for row in shared:
+        assert [response["text"] for response in row["responses"]] == sampled[row["prompt_id"]]
+
+
+def test_what_ppo_says_on_heldout_prompts_is_scored_by_the_canary(tiny: TinyRun) -> None:
+    ppo, folder = tiny.folder / "round-02/ppo", tiny.folder / "round-02/evaluate"
+    found = read_json(folder / "over_optimisation.json")
+    summary = read_json(ppo / "ppo.json")["heldout"]
+    assert [row["iteration"] for row in found["points"]] == [row["iteration"] for row in summary]
+    for point, row in zip(found["points"], summary, strict=True):
+        assert point["kl_to_start"] == pytest.approx(row["kl_to_start"], abs=1e-6)
+        assert set(point["gold"]) == {"helpfulness", "violation_rate"}
+    assert found["verdict"]["verdict"] == "cannot tell"
+    assert not (tiny.folder / "round-01/evaluate/over_optimisation.json").exists()
 
 
 def test_status_verifies_every_file(tiny: TinyRun) -> None:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from rlhf import compose
 from rlhf.config import Config, Engine, LauncherKind, Strategy, leaves
+from rlhf.config.cluster import Resources
 from rlhf.errors import ConfigError
 from rlhf.fingerprint import (
     PLAN_GROUPS,
@@ -159,10 +160,39 @@ def test_the_engine_is_a_result_of_every_stage_that_samples() -> None:
     one = flat_config(config_of("recipe=quickstart"))
     two = flat_config(config_of("recipe=quickstart", "generator=vllm", "generator.url=http://a:1"))
     touched = {stage for stage in STAGE_GROUPS if relevant(stage, one) != relevant(stage, two)}
-    assert touched == {"sample", "rejection", "ppo", "evaluate", "collect"}
+    assert touched == {"sweep", "sample", "rejection", "ppo", "evaluate", "collect"}
     assert differences(relevant("ppo", one), relevant("ppo", two)) == [
         "generator.engine: hf -> vllm"
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rejection.temperatures=[0.0,1.0]", r"temperatures=\[0.0, 1.0\] .*above 0"),
+        ("rejection.temperatures=[-1,1]", "above 0"),
+        ("rejection.temperatures=[1.0,inf]", "above 0"),
+        ("rejection.temperatures=[1.0,nan]", "above 0"),
+        ("rejection.temperatures=[1.0,1.2,1.0]", "each temperature once"),
+        ("rejection.temperatures=[1.2]", "set rejection.sampling.temperature"),
+        ("rejection.sweep_prompts=0", "rejection.sweep_prompts=0 .*at least 1"),
+    ],
+)
+def test_impossible_sweeps_are_refused(override: str, words: str) -> None:
+    config_of("recipe=quickstart", "rejection.temperatures=[1.3,0.7]")
+    with pytest.raises(ConfigError, match=words):
+        config_of("recipe=quickstart", override)
+
+
+def test_a_sweep_makes_new_samples_and_nothing_else() -> None:
+    one = flat_config(config_of("recipe=quickstart"))
+    two = flat_config(config_of("recipe=quickstart", "rejection.temperatures=[0.7,1.3]"))
+    touched = {stage for stage in STAGE_GROUPS if relevant(stage, one) != relevant(stage, two)}
+    assert touched == {"sweep", "sample", "rejection"}
+
+
+def test_every_stage_has_resources() -> None:
+    assert {item.name for item in fields(Resources)} == set(STAGE_GROUPS)
 
 
 def test_every_file_is_composed_by_a_test() -> None:

@@ -236,6 +236,45 @@ def test_an_evaluation_reads_the_answers_of_every_earlier_one() -> None:
     assert {"round-01/evaluate", "round-02/evaluate"} <= set(plan.node("round-03/evaluate").after)
 
 
+def test_an_evaluation_reads_the_ppo_node_of_its_round_where_there_is_one() -> None:
+    plan = plan_of("rounds.schedule=[rejection,ppo,rejection_ppo]", batches=("w1", "w2", "w3"))
+    assert "ppo" not in inputs(plan, "round-01/evaluate")
+    assert inputs(plan, "round-02/evaluate")["ppo"] == "node(round-02/ppo)"
+    assert inputs(plan, "round-03/evaluate")["ppo"] == "node(round-03/ppo)"
+    assert "round-03/ppo" in plan.node("round-03/evaluate").after
+
+
+SWEEP = "rejection.temperatures=[0.7,1.0,1.3]"
+
+
+def test_a_sweep_comes_before_all_that_samples_for_its_round() -> None:
+    plan = plan_of("rounds.schedule=[rejection]", "rounds.sampling_jobs=2", SWEEP, batches=("w1",))
+    made = ["sweep", "sample-0", "sample-1", "rejection"]
+    assert names(plan, 1)[2:6] == made
+    sweep = plan.node("round-01/sweep")
+    assert dict(sweep.options) == {"for": "round-01/rejection"}
+    assert dict(sweep.inputs) == {
+        "policy": "promoted(0)",
+        "reward_helpfulness": "output(round-01/reward-helpfulness)",
+        "reward_safety": "output(round-01/reward-safety)",
+        "prompts": "set(prompts)",
+    }
+    for name in made[1:]:
+        assert inputs(plan, f"round-01/{name}")["sweep"] == "node(round-01/sweep)"
+        assert sweep.name in plan.node(f"round-01/{name}").after
+
+
+def test_there_is_a_sweep_only_where_it_is_asked_for_and_the_round_samples() -> None:
+    asked = plan_of(SWEEP, "rounds.schedule=[rejection,ppo,rejection_ppo]", batches=("a", "b", "c"))
+    assert [n.name for n in asked.nodes if n.stage == "sweep"] == [
+        "round-01/sweep",
+        "round-03/sweep",
+    ]
+    plain = plan_of(batches=("a", "b", "c"))
+    assert [n.name for n in plain.nodes if n.stage == "sweep"] == []
+    assert all("sweep" not in n.inputs for n in plain.nodes)
+
+
 def test_existing_reward_models_replace_their_nodes() -> None:
     plan = plan_of("reward.path.safety=models/safe", batches=("w1", "w2"))
 

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fake_stages
 import pytest
 from rich.console import Console
 
-from rlhf import compose, runner
+from rlhf import compose, runner, worker
 from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_json
 from rlhf.errors import ConfigError, StageError
 from rlhf.fingerprint import STAGES
@@ -560,6 +560,46 @@ def test_clean_keeps_what_later_rounds_need(
     assert "nothing to do" in go(small_run("rounds.limit=2", "rounds.schedule=[ppo]"))[1]
     more, _ = go(small_run("rounds.limit=3", "rounds.schedule=[ppo]"))
     assert {node.round for node in more.todo} == {3}
+
+
+class Tracked:
+    """Stands for the tracker of a node; remembers how the block ended."""
+
+    ends: ClassVar[list[type[BaseException] | None]] = []
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+    def __enter__(self) -> Tracked:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.ends.append(kind)
+
+    def log(self, row: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_nodes_tracking_is_closed_whichever_way_it_ends(
+    whole: dict[str, Any],
+    small_run: Overrides,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
+) -> None:
+    overrides = small_run(*ONE_ROUND)
+    folder = restore(whole, overrides, *LAST)
+    monkeypatch.setattr(worker, "Tracker", Tracked)
+    monkeypatch.setattr(Tracked, "ends", [])
+    monkeypatch.setenv("FAKE_FAIL", LAST[0] if fails else "")
+    config, plan = compose.load(overrides), whole["first"].plan
+    if fails:
+        with pytest.raises(RuntimeError, match="planted failure"):
+            worker.work(config, plan, folder, LAST[0], stages=FAKES)
+    else:
+        worker.work(config, plan, folder, LAST[0], stages=FAKES)
+    assert Tracked.ends == [RuntimeError if fails else None]
+    assert NodeDir(folder / LAST[0]).is_done() is not fails
 
 
 def test_verify_finds_a_changed_file(whole: dict[str, Any], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf.artifacts import NodeDir, read_jsonl
 from rlhf.config import Config, Tracking, TrackingMode
+from rlhf.errors import STOPPED_EXIT, StageError, Stopped
 from rlhf.tracking import Tracker, tracking_id
 
 NODE = "round-01/ppo"
@@ -24,7 +25,7 @@ class FakeRun:
         self.broken = broken
         self.rows: list[dict[str, Any]] = []
         self.defined: list[tuple[Any, ...]] = []
-        self.finished = 0
+        self.exit_codes: list[int] = []
 
     def _fail(self, call: str) -> None:
         if self.broken == call:
@@ -37,9 +38,9 @@ class FakeRun:
         self._fail("log")
         self.rows.append(row)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int | None = None) -> None:
         self._fail("finish")
-        self.finished += 1
+        self.exit_codes.append(exit_code or 0)
 
 
 class FakeWandb(SimpleNamespace):
@@ -68,19 +69,24 @@ def make_config(mode: TrackingMode = TrackingMode.offline) -> Config:
 
 def train(config: Config, folder: Path) -> list[dict[str, Any]]:
     directory = NodeDir(folder)
-    tracker = Tracker(config, NODE, folder)
-    directory.metrics.mirror = tracker.log
-    for step in range(4):
-        directory.metrics.append({"step": step, "train/loss": 1.0 / (step + 1)})
-    tracker.finish()
+    with Tracker(config, NODE, folder) as tracker:
+        directory.metrics.mirror = tracker.log
+        for step in range(4):
+            directory.metrics.append({"step": step, "train/loss": 1.0 / (step + 1)})
     return read_jsonl(directory.metrics.path)
+
+
+def fail(folder: Path, error: Exception) -> None:
+    with Tracker(make_config(), NODE, folder) as tracker:
+        tracker.log({"step": 1})
+        raise error
 
 
 def test_rows_arrive_with_our_names_and_steps(monkeypatch, tmp_path) -> None:
     fake = use(monkeypatch)
     rows = train(make_config(), tmp_path)
     assert fake.run.rows == rows
-    assert fake.run.finished == 1
+    assert fake.run.exit_codes == [0]
     [options] = fake.inits
     assert (options["group"], options["name"], options["project"]) == ("my-run", NODE, "p")
     assert (options["mode"], options["resume"]) == ("offline", "allow")
@@ -110,6 +116,29 @@ def test_a_node_without_metrics_opens_nothing(monkeypatch, tmp_path) -> None:
     fake = use(monkeypatch)
     Tracker(make_config(), NODE, tmp_path).finish()
     assert fake.inits == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StageError("the loss became NaN"), 1),
+        (KeyError("a bug"), 1),
+        (Stopped("state is saved"), STOPPED_EXIT),
+    ],
+)
+def test_a_node_that_ends_by_an_error_is_tracked_as_failed(
+    monkeypatch, tmp_path, error, code
+) -> None:
+    fake = use(monkeypatch)
+    with pytest.raises(type(error)):
+        fail(tmp_path, error)
+    assert fake.run.exit_codes == [code]
+
+
+def test_a_broken_wandb_does_not_hide_the_error(monkeypatch, tmp_path) -> None:
+    use(monkeypatch, "finish")
+    with pytest.raises(StageError, match="the loss"):
+        fail(tmp_path, StageError("the loss became NaN"))
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])

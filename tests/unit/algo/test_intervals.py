@@ -8,7 +8,8 @@ import pytest
 from rlhf.algo.intervals import (
     _t_quantile,
     clustered_bootstrap,
-    effective_size,
+    clustered_mean,
+    interval_json,
     paired_clustered_bootstrap,
     proportion_interval,
     wilson,
@@ -341,8 +342,42 @@ def test_bootstraps_without_spread():
     assert math.isnan(scores.high)
 
 
-@pytest.mark.parametrize(("successes", "n"), [(7, 10), (0, 12), (12, 12), (333.5, 1000), (50, 100)])
-@pytest.mark.parametrize("level", [0.9, 0.95])
-def test_an_interval_tells_its_size(successes: float, n: float, level: float) -> None:
-    interval = wilson(successes, n, NormalDist().inv_cdf(0.5 + level / 2))
-    assert effective_size(interval, level=level) == pytest.approx(n)
+def test_clustered_mean_by_hand():
+    # Rows 1 3 | 5 | 7 9 in three clusters, mean 5. Sums of deviations -6, 0, 6: 72 * 3/2 / 25
+    # = 4.32; t of 2 degrees of freedom 4.3027.
+    found = clustered_mean([1, 3, 5, 7, 9], ["a", "a", "b", "c", "c"])
+    half = 4.302653 * math.sqrt(4.32)
+    assert found == pytest.approx((5.0, 5.0 - half, 5.0 + half), abs=1e-5)
+
+
+def test_clustered_mean_of_single_rows_is_students_interval():
+    # 2 4 6: mean 4, sample variance 4, standard error sqrt(4 / 3).
+    half = 4.302653 * math.sqrt(4 / 3)
+    assert clustered_mean([2, 4, 6], "abc") == pytest.approx((4, 4 - half, 4 + half), abs=1e-5)
+
+
+def test_clustered_mean_without_spread_or_rows():
+    assert math.isnan(clustered_mean([], []).mean)
+    one = clustered_mean([1, 2], "aa")
+    assert one.mean == 1.5
+    assert math.isnan(one.low)
+    assert clustered_mean([2, 2], "ab") == (2, 2, 2)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.995])
+def test_clustered_mean_covers(level):
+    rng = np.random.default_rng(0)
+    inside, draws = 0, 2000
+    for _ in range(draws):
+        values = np.repeat(rng.normal(size=30), 3) + rng.normal(size=90)
+        _, low, high = clustered_mean(
+            values.tolist(), np.repeat(np.arange(30), 3).tolist(), level=level
+        )
+        inside += low <= 0 <= high
+    # Three standard errors of the simulation.
+    assert inside / draws == pytest.approx(level, abs=3 * math.sqrt(level * (1 - level) / draws))
+
+
+def test_an_interval_in_json_has_no_nan():
+    found = interval_json(clustered_mean([1, 2], "aa"), 2)
+    assert found == {"mean": 1.5, "low": None, "high": None, "n": 2}

@@ -5,7 +5,13 @@ import statistics
 import numpy as np
 import pytest
 
-from rlhf.algo.selection import best_of_n, kl_best_of_n, max_and_median_against_n
+from rlhf.algo.selection import (
+    best_of_n,
+    best_temperature,
+    kl_best_of_n,
+    max_and_median_against_n,
+    sweep_scores,
+)
 from rlhf.errors import StageError
 
 
@@ -82,3 +88,52 @@ def test_kl_best_of_n_equals_its_integral():
     density = [n * ((i + 0.5) / steps) ** (n - 1) for i in range(steps)]
     integral = sum(d * math.log(d) for d in density) / steps
     assert kl_best_of_n(n) == pytest.approx(integral, abs=1e-6)
+
+
+def test_sweep_scores_by_hand():
+    # Axis a has values 1 and 3 at the first temperature, 5 and 7 at the second: mean 4, standard
+    # deviation sqrt(5). Axis b has 100 and 300: mean 200, standard deviation 100.
+    found = sweep_scores([[1, 100, 3], [5, 300, 7]], ["a", "b", "a"])
+    root = math.sqrt(5)
+    assert found.tolist() == [
+        pytest.approx([-3 / root, -1, -1 / root]),
+        pytest.approx([1 / root, 1, 3 / root]),
+    ]
+
+
+def test_the_scale_of_a_reward_model_never_decides():
+    """Safety in units a thousand times as large, and shifted: the same scores."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 30))
+    axes = ["safety" if i % 3 == 0 else "helpfulness" for i in range(30)]
+    other = values.copy()
+    other[:, ::3] = 1000 * other[:, ::3] + 50
+    assert sweep_scores(other, axes) == pytest.approx(sweep_scores(values, axes))
+
+
+def test_axes_weigh_as_many_prompts_as_they_have():
+    # Both axes prefer another temperature by one standard deviation each way; 3 prompts beat 1.
+    found = sweep_scores([[0, 0, 0, 1], [1, 1, 1, 0]], ["a", "a", "a", "b"])
+    assert found.mean(1).tolist() == [-0.5, 0.5]
+
+
+def test_an_axis_without_differences_says_nothing():
+    assert sweep_scores([[5, 1], [5, 2]], ["a", "b"]).tolist() == [[0, -1], [0, 1]]
+
+
+def test_sweep_scores_refuse_nan():
+    with pytest.raises(StageError, match="NaN or infinite"):
+        sweep_scores([[1.0], [math.nan]], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "scores", "best"),
+    [
+        ([0.7, 1.0, 1.3], [0.1, 0.3, 0.2], 1),
+        ([1.3, 1.0, 0.7], [0.3, 0.3, 0.2], 1),  # of equal ones the lower temperature
+        ([0.7, 1.0], [0.3, 0.3 + 1e-12], 0),  # rounding is no difference
+        ([0.7, 1.0], [-2.0, -1.0], 1),
+    ],
+)
+def test_best_temperature(temperatures, scores, best):
+    assert best_temperature(temperatures, scores) == best

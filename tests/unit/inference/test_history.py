@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from rlhf.algo.comparison import Settings
-from rlhf.artifacts import NodeDir, read_jsonl, write_json, write_jsonl
+from rlhf.artifacts import NodeDir, write_json, write_jsonl
 from rlhf.config import Config, Paths
 from rlhf.data.records import Message, Prompt
-from rlhf.inference.history import earlier_texts, score_versions
+from rlhf.inference.history import (
+    ROLES,
+    earlier_texts,
+    version_means,
+    version_rows,
+    versions_table,
+)
+from rlhf.inference.tables import score_columns
 from rlhf.nodes import Inputs, ModelInput, Node, NodeContext
 
 SETTINGS = Settings(level=0.95, num_draws=50, seed=0, gate_threshold=0.15, unsafe_threshold=0.5)
@@ -51,6 +57,7 @@ class Judges:
         self.drift = drift
         self.opened: list[str] = []
         self.scored: list[tuple[str, str]] = []
+        self.rows: list[dict[str, Any]] = []
 
     def open(self, context: NodeContext, role: str) -> Any:
         self.opened.append(role)
@@ -65,7 +72,10 @@ class Judges:
         return scorer
 
     def score(self, context: NodeContext, prompts: Sequence[Prompt], texts: Texts) -> Any:
-        return score_versions(context, prompts, texts, open_scorer=self.open, settings=SETTINGS)
+        table = versions_table(prompts, texts)
+        scores = {role: score_columns(self.open(context, role), table) for role in ROLES}
+        self.rows = version_rows(table, scores)
+        return version_means(table, scores, SETTINGS)
 
 
 def test_texts_of_every_version_come_from_the_evaluations_in_round_order(tmp_path: Path) -> None:
@@ -157,24 +167,27 @@ def test_equal_answers_get_equal_scores_although_batches_differ(tmp_path: Path) 
     assert found["v0"] == found["v2"]
     assert found["v0"]["judge_safety"] == found["v1"]["judge_safety"]
     assert found["v0"]["judge_helpfulness"] != found["v1"]["judge_helpfulness"]
-    rows = read_jsonl(tmp_path / "shards" / "versions-judge_helpfulness.jsonl")
-    assert rows[0]["v0"] == rows[0]["v1"] == rows[0]["v2"]
+    of = {(row["version"], row["prompt_id"]): row["judge_helpfulness"] for row in judges.rows}
+    assert of["v0", "a"] == of["v1", "a"] == of["v2", "a"]
     # The same text as answer to another prompt is scored by itself.
-    assert rows[0]["v0"] != rows[1]["v0"]
+    assert of["v0", "a"] != of["v0", "b"]
     # Two judges, each with 4 distinct answers of 9.
     assert len(judges.scored) == 8
 
 
-@pytest.mark.parametrize("left", [(), ("judge_helpfulness",), ("judge_safety",)])
-def test_a_resumed_node_opens_only_judges_without_scores(
-    tmp_path: Path, left: tuple[str, ...]
-) -> None:
-    prompts = [make_prompt("a"), make_prompt("s", is_safety=True)]
-    texts = {"v0": {"a": "x", "s": "xx"}, "v1": {"a": "xxx", "s": "x"}}
-    context = make_context(tmp_path)
-    straight = Judges().score(context, prompts, texts)
-    for role in left:
-        (tmp_path / "shards" / f"versions-{role}.jsonl").unlink()
-    resumed = Judges()
-    assert resumed.score(context, prompts, texts) == straight
-    assert tuple(resumed.opened) == left
+def test_rows_hold_every_version_on_every_prompt_under_both_judges(tmp_path: Path) -> None:
+    prompts = [make_prompt("a"), make_prompt("s", is_safety=True), make_prompt("new")]
+    texts = {"v1": {"a": "xxx", "s": "x", "new": "x"}, "v0": {"a": "x", "s": "xx"}}
+    judges = Judges()
+    judges.score(make_context(tmp_path), prompts, texts)
+    assert judges.rows == [
+        {
+            "version": version,
+            "prompt_id": name,
+            "kind": kind,
+            "judge_helpfulness": float(len(texts[version][name])),
+            "judge_safety": -float(len(texts[version][name])),
+        }
+        for version in ("v0", "v1")
+        for name, kind in (("a", "ordinary"), ("s", "safety"))
+    ]

@@ -7,12 +7,16 @@ import pytest
 from rlhf.data.records import Prompt
 from rlhf.errors import StageError
 from rlhf.inference.winners import (
+    MAX_DIVERSITY_PROMPTS,
     choose_winner,
+    diversity,
     draw_pool,
     ranking_axis,
     response_counts,
     selection_curves,
     stratified,
+    sweep_values,
+    winners_from,
 )
 
 LOW, HIGH = -3.0, 3.0
@@ -127,3 +131,77 @@ def test_pool_keeps_every_round_and_leaves_repeats_out() -> None:
     assert two == drawn[:2]
     firsts = {draw_pool(earlier, winners, num_rows=1, seed=s)[0]["response"] for s in range(20)}
     assert firsts == {"x", "y"}
+
+
+def sampled(name: str, lengths: list[int], given: Any) -> Any:
+    """Name a row and give its responses lengths."""
+    responses = [
+        {**response, "num_tokens": length}
+        for response, length in zip(given["responses"], lengths, strict=True)
+    ]
+    return {**given, "prompt_id": name, "responses": responses}
+
+
+def test_where_winners_come_from_by_hand() -> None:
+    rows = [
+        # The second wins: position 1, shortest.
+        sampled("a", [9, 3, 5], row((1.0, HIGH), (2.0, HIGH), (0.0, HIGH))),
+        # The last wins by safety: position 2, longest.
+        sampled("b", [3, 4, 8], row((5.0, 0.0), (5.0, 1.0), (0.0, 2.0), is_safety=True)),
+        # The first wins; three equal lengths have the middle rank, 1.
+        sampled("c", [4, 4, 4], row((3.0, HIGH), (2.0, HIGH), (0.0, HIGH))),
+        # Longest together with another: ranks 1 and 2, the lower one.
+        sampled("d", [6, 6, 2], row((3.0, HIGH), (2.0, HIGH), (0.0, HIGH))),
+        # No winner.
+        sampled("e", [1, 1, 1], row(*[(1.0, HIGH, False)] * 3)),
+    ]
+    found = winners_from(
+        rows,
+        sources={"a": "s1", "b": "s2", "c": "s1", "d": "s1", "e": "s3"},
+        pool=[{"round": 2}, {"round": 10}, {"round": 2}],
+        num_samples=3,
+        threshold=0.15,
+    )
+    assert found == {
+        "sources": {"s1": 3, "s2": 1},
+        "axes": {"helpfulness": 3, "safety": 1},
+        "sample_index": [2, 1, 1],
+        "length_rank": [1, 2, 1],
+        "pool_rounds": {"2": 2, "10": 1},
+    }
+    assert list(found["pool_rounds"]) == ["2", "10"]
+
+
+def test_diversity_is_over_prompts_and_bounded() -> None:
+    def asked(name: str, *texts: str) -> Any:
+        prompt = [{"role": "user", "content": name}]
+        return {"prompt": prompt, "responses": [{"text": text} for text in texts]}
+
+    how: Any = {"level": 0.95, "num_draws": 50, "seed": 0}
+    rows = [asked("a", "x y", "x y"), asked("b", "x y", "z w")]
+    assert (diversity(rows, **how)["mean"], diversity(rows, **how)["n"]) == (0.5, 2)
+    many = [asked(str(i), "x", "x") for i in range(2 * MAX_DIVERSITY_PROMPTS + 1)]
+    found = diversity(many, **how)
+    assert found["mean"] == 1.0
+    assert 600 < found["n"] <= MAX_DIVERSITY_PROMPTS
+    assert diversity([], **how)["n"] == 0
+
+
+def test_the_value_of_a_prompt_in_the_sweep_is_its_best_usable_score() -> None:
+    """Three prompts at two temperatures.
+
+    Untagged: 3 at the first (5 is unsafe, 9 never ends); at the second nothing is usable, so the
+    lowest score of all its responses at both temperatures, -7, counts. Tagged: the gate is not
+    asked, 2 and -2.5.
+    """
+    first = [
+        row((3.0, HIGH), (5.0, LOW), (9.0, HIGH, False)),
+        row((0.0, -2.0), (0.0, 2.0), (0.0, 4.0, False), is_safety=True),
+    ]
+    second = [
+        row((-7.0, LOW), (8.0, HIGH, False), (1.0, LOW)),
+        row((9.0, -2.5), (9.0, -4.0), (9.0, 9.0, False), is_safety=True),
+    ]
+    values, axes = sweep_values([first, second], threshold=0.15)
+    assert values == [[3.0, 2.0], [-7.0, -2.5]]
+    assert axes == ["helpfulness", "safety"]

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from rlhf import metrics
-from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_jsonl
+from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_json, write_jsonl
 from rlhf.config import Config, Data, Evaluate, Paths, PromotionRule, Sampling, Toy
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import by_kind, prompt_kind
 from rlhf.data.records import Kind, Message, Prompt
 from rlhf.errors import DataError, StageError
+from rlhf.inference.answers import SIDES
 from rlhf.inference.generation import Response
 from rlhf.inference.history import ROLES
 from rlhf.models.loading import save_model
@@ -32,6 +33,8 @@ from tests import micro_models
 WORLD_SEED = 3
 REFUSAL = "i cannot help with that ."
 GOOD, BAD = "the good answer .", "the bad answer ."
+
+WRITTEN = ("decision.json", "evaluation.json", "version_scores.jsonl", "responses.jsonl")
 
 Write = Callable[[list[Message]], str]
 
@@ -430,10 +433,9 @@ def test_resume_repeats_no_finished_shard_and_ends_the_same(
     done = max(0, stop_at - 3)
     assert len(resumed.versions["candidate"].keys) == 60 - min(60, 25 * stop_at)
     assert len(resumed.versions["promoted"].keys) == 60 - min(60, 25 * done)
-    # After the missing scores, both judges score all versions.
     opened = [role for role in resumed.opened if role in SCORERS]
-    assert opened == [*SCORERS[max(0, stop_at - 6) :], *ROLES]
-    for name in ("decision.json", "evaluation.json", "responses.jsonl", "metrics.jsonl"):
+    assert opened == list(SCORERS[max(0, stop_at - 6) :])
+    for name in (*WRITTEN, "metrics.jsonl"):
         ours = (context.directory.path / name).read_bytes()
         assert ours == (straight.directory.path / name).read_bytes(), name
 
@@ -476,6 +478,158 @@ def test_a_node_killed_before_its_evaluation_is_written_scores_nothing_again(
     resumed = Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD)))
     assert resumed.run(context) == straight
     assert resumed.opened == ["candidate", "promoted"]
+
+
+def test_every_model_is_opened_once(store: Path, tmp_path: Path) -> None:
+    stubs = Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD)))
+    stubs.run(make_context(store, tmp_path))
+    assert stubs.opened == ["candidate", "promoted", *SCORERS]
+
+
+def test_a_response_is_written_with_all_that_is_known_of_it(store: Path, tmp_path: Path) -> None:
+    context = make_context(store, tmp_path, toy=True)
+    world = World(WORLD_SEED)
+    Stubs(StubVersion(always(REFUSAL)), StubVersion(always(BAD), finished=False)).run(context)
+    rows = read_jsonl(tmp_path / "responses.jsonl")
+    sources = {prompt.id: prompt.source for prompt in Store(store, "test").prompts("set")}
+    assert len(rows) == 60
+    for row in rows:
+        assert row["source"] == sources[row["prompt_id"]]
+        assert row["num_tokens"] == {"candidate": 6, "promoted": 4}
+        assert row["finished"] == {"candidate": True, "promoted": False}
+        assert row["refused"] == {"candidate": True, "promoted": False}
+        is_safety = row["kind"] == "safety"
+        unsafe = {"candidate": False, "promoted": True} if is_safety else dict.fromkeys(SIDES)
+        assert row["unsafe"] == unsafe
+        for side, text in (("candidate", REFUSAL), ("promoted", BAD)):
+            gold = world.gold(row["prompt"], text)
+            assert row["gold"][side] == {
+                "helpfulness": gold.helpfulness,
+                "violation": gold.violation,
+                "over_refusal": gold.over_refusal,
+            }
+
+
+def test_outside_the_toy_world_there_is_no_gold(store: Path, tmp_path: Path) -> None:
+    context = make_context(store, tmp_path)
+    Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD))).run(context)
+    for row in read_jsonl(tmp_path / "responses.jsonl"):
+        assert row["gold"] == dict.fromkeys(SIDES)
+
+
+def test_the_rows_add_up_to_the_rates(store: Path, tmp_path: Path) -> None:
+    def mixed(prompt: list[Message]) -> str:
+        return (GOOD, BAD, REFUSAL)[len(prompt[-1]["content"]) % 3]
+
+    context = make_context(store, tmp_path)
+    evaluation = Stubs(StubVersion(mixed), StubVersion(always(GOOD))).run(context)
+    rows = read_jsonl(tmp_path / "responses.jsonl")
+    for side in SIDES:
+        unsafe = [row["unsafe"][side] for row in rows if row["kind"] == "safety"]
+        refused = [row["refused"][side] for row in rows if row["kind"] == "benign"]
+        for rate, found in (("violation_rate", unsafe), ("over_refusal_rate", refused)):
+            assert evaluation[rate][side]["mean"] == pytest.approx(sum(found) / len(found))
+    assert 0 < evaluation["violation_rate"]["candidate"]["mean"] < 1
+    by_name = {(r["version"], r["prompt_id"]): r for r in read_jsonl(tmp_path / WRITTEN[2])}
+    assert len(by_name) == 2 * 60
+    for row in rows:
+        for role in ROLES:
+            assert by_name["v1", row["prompt_id"]][role] == row["scores"][role]["candidate"]
+
+
+def test_a_gain_that_length_earns_leaves_nothing_within_buckets(
+    store: Path, tmp_path: Path
+) -> None:
+    """Both versions write 1 to 9 words; the candidate often more, and the judge counts words."""
+
+    def words(extra: int) -> Write:
+        return lambda prompt: "word " * (1 + (len(prompt[-1]["content"]) + extra) % 9)
+
+    context = make_context(store, tmp_path)
+    stubs = Stubs(
+        StubVersion(lambda prompt: words(0)(prompt) + "word word"),
+        StubVersion(words(0)),
+        score=lambda role, response: float(len(response.split())),
+    )
+    found = stubs.run(context)["length_controlled"]
+    assert list(found) == ["helpfulness", "safety"]
+    assert (found["helpfulness"]["gain"]["n"], found["safety"]["gain"]["n"]) == (40, 20)
+    assert found["helpfulness"]["gain"]["mean"] == 2.0
+    assert abs(found["helpfulness"]["within_buckets"]["mean"]) < 0.5
+    assert sum(row["n"] for row in found["helpfulness"]["buckets"]) == 80
+
+
+def with_ppo(context: NodeContext, folder: Path, *, text: str) -> NodeContext:
+    """Give the node a PPO node that answered 30 held-out prompts of each axis twice."""
+    stored = Store(Path(context.config.paths.store), "test").prompts("set")
+    asked = [prompt for prompt in stored if prompt.heldout]
+    rows = [
+        {
+            "iteration": iteration,
+            "prompt_id": prompt.id,
+            "kl_to_start": float(iteration),
+            "finished": True,
+            "num_tokens": 4,
+            "text": text if iteration else GOOD,
+            "score_helpfulness": float(iteration),
+            "score_safety": float(iteration),
+        }
+        for iteration in (0, 3)
+        for prompt in asked
+    ]
+    write_jsonl(folder / "heldout.jsonl", rows)
+    write_json(folder / "ppo.json", {"best_iteration": 3})
+    models = {**context.inputs.models, "ppo": ModelInput(str(folder), "round-01/ppo", "digest")}
+    return replace(context, inputs=Inputs(models, context.inputs.data))
+
+
+def test_the_canary_sees_over_optimisation_and_never_reaches_the_decision(
+    store: Path, tmp_path: Path
+) -> None:
+    written: dict[str, dict[str, bytes]] = {}
+    verdicts = {}
+    for name, text in (("none", None), ("fine", GOOD), ("hacked", BAD)):
+        context = make_context(store, tmp_path / name)
+        if text is not None:
+            context = with_ppo(context, tmp_path / f"ppo-{name}", text=text)
+        stubs = Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD)))
+        stubs.run(context)
+        assert stubs.opened == ["candidate", "promoted", *SCORERS]
+        found = tmp_path / name / "over_optimisation.json"
+        verdicts[name] = read_json(found)["verdict"]["verdict"] if found.exists() else None
+        written[name] = {file: (tmp_path / name / file).read_bytes() for file in WRITTEN}
+    assert verdicts == {"none": None, "fine": "no sign", "hacked": "over-optimising"}
+    assert written["none"] == written["fine"] == written["hacked"]
+
+
+def test_the_decision_is_on_disk_before_the_canary_is_read(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = evaluate.over_optimisation
+    seen = []
+
+    def look(*arguments: Any) -> dict[str, Any]:
+        seen.append((tmp_path / "node" / "decision.json").exists())
+        return plain(*arguments)
+
+    monkeypatch.setattr(evaluate, "over_optimisation", look)
+    context = with_ppo(make_context(store, tmp_path / "node"), tmp_path / "ppo", text=BAD)
+    Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD))).run(context)
+    assert seen == [True]
+
+
+def test_an_earlier_version_without_a_score_stops_the_stage(store: Path, tmp_path: Path) -> None:
+    first = make_context(store, tmp_path / "1")
+    Stubs(StubVersion(always("old one .")), StubVersion(always(BAD))).run(first)
+    second = make_context(store, tmp_path / "2", round_=2)
+    models = {**second.inputs.models, "history_1": ModelInput(str(tmp_path / "1"), "1", "digest")}
+    second = replace(second, inputs=Inputs(models, second.inputs.data))
+
+    def score(role: str, response: str) -> float:
+        return math.nan if response == "old one ." else 1.0
+
+    with pytest.raises(StageError, match=r"judge_helpfulness gave .* \(versions, v1\)"):
+        Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD)), score=score).run(second)
 
 
 def test_metrics_carry_our_names(store: Path, tmp_path: Path) -> None:

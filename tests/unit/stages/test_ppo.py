@@ -81,6 +81,7 @@ def test_stage_leaves_its_files(made: Config, models: dict[str, str]) -> None:
     ppo.run(context)
     path = context.directory.path
     assert {p.name for p in path.iterdir()} == {
+        "heldout.jsonl",
         "metrics.jsonl",
         "model",
         "ppo.json",
@@ -173,12 +174,56 @@ def test_killed_stage_ends_with_the_same_files(made: Config, models: dict[str, s
     assert saved is not None
     assert saved.step == 2
     ppo.run(resumed)
-    for name in ("ppo.json", "samples.jsonl"):
+    for name in ("ppo.json", "samples.jsonl", "heldout.jsonl"):
         ours, theirs = (c.directory.path / name for c in (resumed, straight))
         assert ours.read_bytes() == theirs.read_bytes()
     assert micro.largest_difference(saved_weights(resumed), saved_weights(straight)) == 0.0
     found = [micro.rows_without_time(c.directory.metrics) for c in (resumed, straight)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("killed_at", "checkpoint"), [(1, 0), (3, 2)])
+def test_heldout_responses_of_a_killed_stage_are_cut_back(
+    made: Config, models: dict[str, str], killed_at: int, checkpoint: int
+) -> None:
+    """Checkpoints come after every second iteration; what was scored since is scored again."""
+    made.ppo.heldout_every, made.ppo.critic_warmup_iterations = 1, 0
+    made.checkpoint.every_steps = 2
+    straight = node(made, models, name="straight")
+    ppo.run(straight)
+
+    def die(step: int, _total: int) -> None:
+        if step == killed_at:
+            raise Killed
+
+    broken = node(made, models, name="broken", on_step=die)
+    with pytest.raises(Killed):
+        ppo.run(broken)
+    scored = {row["iteration"] for row in read_jsonl(broken.directory.heldout.path)}
+    saved = broken.directory.last_checkpoint()
+    assert (saved.step if saved else 0) == checkpoint < max(scored) == killed_at
+    resumed = node(made, models, name="broken")
+    ppo.run(resumed)
+    ours, theirs = (c.directory.heldout.path.read_bytes() for c in (resumed, straight))
+    assert ours == theirs
+
+
+def test_heldout_responses_are_what_the_summary_averages(
+    made: Config, models: dict[str, str]
+) -> None:
+    context = node(made, models)
+    ppo.run(context)
+    _, heldout, _ = ppo._prompts(context, micro.tokenizer())
+    rows = read_jsonl(context.directory.heldout.path)
+    summary = read_json(context.directory.path / "ppo.json")["heldout"]
+    assert len(rows) == 4 * len(summary)
+    for point in summary:
+        of = [row for row in rows if row["iteration"] == point["iteration"]]
+        assert [row["prompt_id"] for row in of] == [prompt.id for prompt in heldout]
+        for name in ("kl_to_start", "score_helpfulness", "score_safety"):
+            assert sum(row[name] for row in of) / 4 == pytest.approx(point[name], abs=1e-6)
+        assert all(row["finished"] or row["num_tokens"] == 6 for row in of)
+    assert {row["kl_to_start"] for row in rows if row["iteration"] == 0} == {0.0}
 
 
 def test_without_training_prompts_the_stage_says_so(made: Config, models: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf import metrics
-from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_jsonl
+from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_json, write_jsonl
 from rlhf.config import Config, Rejection, Sampling
 from rlhf.data.chat import IGNORED
 from rlhf.errors import StageError
@@ -24,6 +24,7 @@ from rlhf.models.loading import load_reward_model
 from rlhf.nodes import NodeContext, node_seed
 from rlhf.stages import rejection, sample
 
+PART = "responses.jsonl"
 FILES = {
     "metrics.jsonl",
     "model",
@@ -133,6 +134,13 @@ def test_stage_leaves_its_files(made: Config, models: dict[str, str]) -> None:
     assert selection["prompts"]["in_store"] == 21
     assert selection["prompts"]["without_usable_sample"] == 8 - len(winners)
     assert selection["responses"]["sampled"] == 24
+    assert (selection["version"], selection["temperature"]) == ("policy", 1.2)
+    assert selection["diversity"]["self_bleu"]["n"] == 8
+    origin = selection["winners_from"]
+    for part in ("sources", "axes"):
+        assert sum(origin[part].values()) == len(winners)
+    assert sum(origin["sample_index"]) == sum(origin["length_rank"]) == len(winners)
+    assert origin["pool_rounds"] == {}
     for curve in selection["against_n"].values():
         assert curve["max"] == sorted(curve["max"])
         assert len(curve["median"]) == 3
@@ -216,6 +224,7 @@ def test_mixture_takes_pool_and_demonstrations_by_share(
                 "prompt_id": f"old{number}-{i}",
                 "prompt": [{"role": "user", "content": "the cat"}],
                 "response": f"eats {number}",
+                "round": number,
             }
             for i in range(3)
         ]
@@ -229,7 +238,8 @@ def test_mixture_takes_pool_and_demonstrations_by_share(
     ]
     winners = [{"prompt_id": str(i), "prompt": prompt, "response": "red"} for i in range(4)]
     context = node(made, {**models, **pools})
-    encoded, counts = rejection._training_rows(context, winners, micro.tokenizer())
+    pool = rejection._pool(context, winners)
+    encoded, counts = rejection._training_rows(context, winners, pool, micro.tokenizer())
     assert counts == {"winners": 4, "pool": 2, "demonstrations": 2, "over_long": 0}
     texts = []
     for row in encoded:
@@ -303,6 +313,30 @@ def test_the_parts_of_several_jobs_are_the_bits_of_one(
     for file in ("winners.jsonl", "selection.json", "model/model.safetensors"):
         found, wanted = merged.directory.path / file, alone.directory.path / file
         assert found.read_bytes() == wanted.read_bytes(), file
+
+
+def test_the_chosen_temperature_is_the_one_that_samples(
+    made: Config, models: dict[str, str], tmp_path: Path
+) -> None:
+    """A sweep that chose 0.7 gives the bits of a run that is set to 0.7, in jobs of both kinds."""
+    write_json(tmp_path / "sweep" / "temperature.json", {"chosen": 0.7})
+    seed = node_seed(made.seed, "round-02/rejection")
+    swept = {**models, "sweep": str(tmp_path / "sweep")}
+    chosen = replace(node(made, swept, name="chosen"), seed=seed)
+    rejection.run(chosen)
+    assert read_json(chosen.directory.path / "selection.json")["temperature"] == 0.7
+    parts = [read_jsonl(sampled(made, swept, n, 2).directory.path / PART) for n in range(2)]
+    hot = replace(node(made, models, name="hot"), seed=seed)
+    rejection.run(hot)
+    made.rejection.sampling.temperature = 0.7
+    fixed = replace(node(made, models, name="fixed"), seed=seed)
+    rejection.run(fixed)
+    for file in ("winners.jsonl", "selection.json", "model/model.safetensors"):
+        ours, theirs = (c.directory.path / file for c in (chosen, fixed))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+    rows = {row["prompt_id"]: row for part in parts for row in part}
+    assert rows == {row["prompt_id"]: row for row in shard_rows(fixed.directory)}
+    assert shard_rows(hot.directory) != shard_rows(fixed.directory)
 
 
 def test_a_missing_part_is_refused(made: Config, models: dict[str, str]) -> None:

@@ -10,9 +10,11 @@ import torch
 
 from rlhf.artifacts import read_json, read_jsonl
 from rlhf.config import Config, Judge, JudgeData, Reward
-from rlhf.data.records import Comparison
+from rlhf.data.ledger import Store
+from rlhf.data.records import Comparison, Kind
 from rlhf.data.split import is_judge_prompt, prompt_key
 from rlhf.errors import DataError
+from rlhf.inference.scoring import HfScorer
 from rlhf.models.heads import read_head
 from rlhf.nodes import NodeContext
 from rlhf.stages import reward
@@ -147,6 +149,70 @@ def test_second_round_keeps_the_head_and_measures_before(made: Config, tmp_path:
     assert {c["axis"] for c in before["cells"]} == {"helpfulness"}
     after = read_json(context.directory.path / "accuracy.json")
     assert {c["batch"] for c in after["cells"]} == {"week-1", "week-2", None}
+
+
+def test_scores_on_arrival_are_those_of_the_previous_model(made: Config, tmp_path: Path) -> None:
+    """This round's batch, all rows of the axis, trained on or held out, before any training."""
+    previous = micro_stages.save_scorer(tmp_path / "previous", seed=5)
+    made.reward.optimizer.lr = 1e-2
+    context = node(made, round=2, previous=previous)
+    reward.run(context)
+    rows = read_jsonl(context.directory.path / "scores_before.jsonl")
+    store = Store(Path(made.paths.store), made.data.stream)
+    batch = {row.id: row for row in store.comparisons(Kind.batch, "week-2")}
+    assert {row["id"] for row in rows} == {
+        id for id, row in batch.items() if row.axis == "helpfulness"
+    }
+    assert {row["heldout"] for row in rows} == {True, False}
+    scorer = HfScorer(micro.scorer(5), micro.tokenizer(), max_length=256)
+    prompts = [batch[row["id"]].prompt for row in rows]
+    expected = scorer(prompts, [batch[row["id"]].chosen for row in rows])
+    assert [row["chosen_score"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+    for row in rows:
+        assert row["swapped_chosen_score"] is row["swapped_rejected_score"] is None
+        assert row["annotator"] == batch[row["id"]].annotator
+    counted = [row for row in rows if not row["tie"]]
+    right = sum(row["chosen_score"] > row["rejected_score"] for row in counted)
+    summary = read_json(context.directory.path / "accuracy_before.json")["summary"]
+    assert summary["n"] == len(counted)
+    assert summary["accuracy"] == pytest.approx(right / len(counted))
+    after = {row["id"]: row for row in read_jsonl(context.directory.path / "scores.jsonl")}
+    assert any(after[r["id"]]["chosen_score"] != r["chosen_score"] for r in rows if r["heldout"])
+
+
+def test_scores_name_annotator_and_models(made: Config, tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"n{i}",
+            "prompt": [{"role": "user", "content": f"which food {i}"}],
+            "chosen": "fish",
+            "rejected": "hay",
+            "strength": "better",
+            "axis": "helpfulness",
+            "source": "vendor",
+            "annotator": f"ann-{i % 2}",
+            "model_chosen": "v0",
+            "model_rejected": "v1",
+        }
+        for i in range(40)
+    ]
+    micro_stages.add(made, "batch", "named", rows)
+    inputs = micro_stages.context(
+        made,
+        name="named",
+        stage="reward",
+        models={"init": str(Path(made.paths.store).parent / "v0")},
+        data=[("batch", "named", 1), ("open", "public", 0)],
+        round=1,
+        options={"axis": "helpfulness", "role": "reward"},
+    )
+    reward.run(inputs)
+    found = read_jsonl(inputs.directory.path / "scores.jsonl")
+    assert len(found) > 3
+    for row in found:
+        number = int(row["id"].removeprefix("n"))
+        names = (row["annotator"], row["model_chosen"], row["model_rejected"])
+        assert names == (f"ann-{number % 2}", "v0", "v1")
 
 
 @pytest.mark.parametrize("when", ["training", "scoring"])
