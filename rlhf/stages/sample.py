@@ -10,7 +10,7 @@ from rlhf.inference.best_of import Part, choose_prompts, sample_and_score
 from rlhf.models.loading import load_tokenizer, setup_torch
 from rlhf.nodes import NodeContext, node_seed
 
-REVISION = 2
+REVISION = 1
 
 
 def run(context: NodeContext) -> None:
