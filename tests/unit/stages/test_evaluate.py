@@ -96,6 +96,7 @@ class Stubs:
         self.versions = {"candidate": candidate, "promoted": promoted}
         self.score = score
         self.opened: list[str] = []
+        self.scored: list[tuple[str, int]] = []
 
     def open_version(self, context: NodeContext, role: str) -> StubVersion:
         self.opened.append(role)
@@ -106,6 +107,7 @@ class Stubs:
 
         def scorer(prompts: Sequence[list[Message]], responses: Sequence[str]) -> torch.Tensor:
             assert len(prompts) == len(responses)
+            self.scored.append((role, len(responses)))
             return torch.tensor([self.score(role, response) for response in responses])
 
         return scorer
@@ -595,6 +597,11 @@ def test_the_canary_sees_over_optimisation_and_never_reaches_the_decision(
         stubs = Stubs(StubVersion(always(GOOD)), StubVersion(always(BAD)))
         stubs.run(context)
         assert stubs.opened == ["candidate", "promoted", *SCORERS]
+        # Both versions' answers in a call of their own; what follows is for the judges alone.
+        calls = {role: [n for scored, n in stubs.scored if scored == role] for role in SCORERS}
+        assert {role: sizes[0] for role, sizes in calls.items()} == dict.fromkeys(SCORERS, 120)
+        assert [len(calls[role]) for role in ROLES] == [2 if text is None else 3] * 2
+        assert [len(calls[role]) for role in SCORERS if role not in ROLES] == [1, 1]
         found = tmp_path / name / "over_optimisation.json"
         verdicts[name] = read_json(found)["verdict"]["verdict"] if found.exists() else None
         written[name] = {file: (tmp_path / name / file).read_bytes() for file in WRITTEN}
