@@ -1,0 +1,94 @@
+"""The batches a run learned from: what ingest counted, what drifted, who annotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.data.drift import drift_report
+from rlhf.data.quality import quality_report
+from rlhf.data.records import AXES
+from rlhf.report.gather.sources import Row, Run
+
+PROFILE = "profile.json"
+
+
+def batches(run: Run) -> list[Row]:
+    """Return every batch of the plan in order: its round, ingest's counts, its drift.
+
+    `counts` and `drift` are None where the store, or the batch's profile, is not there.
+    """
+    found = []
+    for number, item in enumerate(run.plan["rounds"]):
+        for position, batch in enumerate(item["batches"]):
+            found.append(
+                {
+                    "id": batch,
+                    "round": item["round"],
+                    "from": f"plan.json#/rounds/{number}/batches/{position}",
+                    "counts": _counts(run, batch),
+                    "accepted_by": _accepted(run, batch),
+                    "drift": None,
+                }
+            )
+    _add_drift(run, found)
+    return found
+
+
+def _counts(run: Run, batch: str) -> Row | None:
+    manifest = run.batch_file(batch, "manifest.json")
+    if manifest is None:
+        return None
+    source = run.batch_at(batch, "manifest.json", "counts")
+    return {**manifest["counts"], "from": source}
+
+
+def _accepted(run: Run, batch: str) -> Row | None:
+    manifest = run.batch_file(batch, "manifest.json")
+    if manifest is None or "accepted_by" not in manifest:
+        return None
+    return {**manifest["accepted_by"], "from": run.batch_at(batch, "manifest.json", "accepted_by")}
+
+
+def _add_drift(run: Run, found: list[Row]) -> None:
+    """Compare each batch that has a profile with all earlier ones that have one."""
+    earlier: list[Mapping[str, Any]] = []
+    sources: list[str] = []
+    for row in found:
+        profile = run.batch_file(row["id"], PROFILE)
+        if profile is None:
+            continue
+        source = run.batch_at(row["id"], PROFILE)
+        if earlier:
+            row["drift"] = {
+                **drift_report(profile, earlier),
+                "from": [source, *sources],
+                "how": "drift",
+            }
+        earlier.append(profile)
+        sources.append(source)
+
+
+def quality(run: Run) -> list[Row]:
+    """Return agreement, strengths and length preference per annotator, or per source, and axis.
+
+    From the held-out comparisons that the newest reward models scored.
+    """
+    found = []
+    for axis in AXES:
+        scored = (i for i in run.reward_models("reward") if i.has("scores.jsonl"))
+        item = run.newest(i for i in scored if i.option("axis") == axis)
+        if item is None:
+            continue
+        rows = [row for row in run.rows(item, "scores.jsonl") if row["axis"] == axis]
+        if rows:
+            found.append(
+                {
+                    "round": item.round,
+                    "axis": axis,
+                    **quality_report(rows),
+                    "from": item.at("scores.jsonl"),
+                    "how": "quality",
+                }
+            )
+    return found

@@ -1,0 +1,1 @@
+"""The sections of the page, made from report.json alone."""
