@@ -77,7 +77,12 @@ COMMANDS = {
         extra={"by": "annotator"},
         needs_run=False,
     ),
-    "report": Command("print tables and write report.json"),
+    "report": Command(
+        "print tables, write report.json and report.html; or compare two runs",
+        ("RUN",),
+        repeated=True,
+        optional=True,
+    ),
     "promote": Command("overrule a decision", ("VERSION",), extra={"reason": ""}),
     "export": Command("copy a version with a card of its origin", ("VERSION", "DIR")),
     "clean": Command("delete what no later node needs"),
@@ -180,7 +185,9 @@ def execute(call: Call) -> int:
     handler: Callable[..., int] = commands.HANDLERS[call.name]
     if any(text.startswith("-") for text in call.overrides):
         return hydra_app.run(call.name, call.positionals, call.extra, call.overrides, handler)
-    config = load(call.overrides, needs_run=COMMANDS[call.name].needs_run)
+    command = COMMANDS[call.name]
+    needs_run = command.needs_run and not (command.optional and call.positionals)
+    config = load(call.overrides, needs_run=needs_run)
     return handler(config, *call.positionals, **call.extra)
 
 

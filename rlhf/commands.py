@@ -32,6 +32,7 @@ from rlhf.fingerprint import (
 from rlhf.launch import operator
 from rlhf.launch.conclude import conclude
 from rlhf.launch.failures import remedy
+from rlhf.launch.local import PLAN
 from rlhf.launch.ranks import MACHINE, is_rank, needs_srun, run_machines, run_node
 from rlhf.lease import current_job
 from rlhf.operate import changed_files, clean_run, export_version
@@ -62,7 +63,7 @@ def run(config: Config) -> int:
         report(config)
     version = current_version(list_versions(config, prepared.plan, folder), folder)
     out.print(f"promoted: {version.name} in {version.path}", highlight=False)
-    out.print(f"results: {folder} (report.json, versions.json, one folder per node)")
+    out.print(f"results: {folder} (report.html, report.json, versions.json, a folder per node)")
     return 0
 
 
@@ -274,12 +275,33 @@ def quality(config: Config, *batches: str, by: str) -> int:
     return 0
 
 
-def report(config: Config) -> int:
-    from rlhf.report.tables import write_report
+def report(config: Config, *runs: str) -> int:
+    from rlhf.report.write import write_comparison, write_report
 
-    frozen_plan(config)
-    write_report(run_dir(config), console())
+    if not runs:
+        frozen_plan(config)
+        write_report(run_dir(config), console(), store=Path(config.paths.store))
+        return 0
+    if len(runs) > 2:
+        raise ConfigError(f"report compares two runs, not {len(runs)}: name one or two of them")
+    found = [_run_folder(config, name) for name in runs]
+    if len(found) == 1:
+        write_report(found[0], console())
+    else:
+        write_comparison(found, console())
     return 0
+
+
+def _run_folder(config: Config, name: str) -> Path:
+    """Return the folder of a run that is given by its name or its folder."""
+    for folder in (Path(config.paths.runs) / name, Path(name)):
+        if (folder / PLAN).is_file():
+            return folder
+    known = ", ".join(known_runs(Path(config.paths.runs))) or "none"
+    raise ConfigError(
+        f"{name} is neither a run in paths.runs={config.paths.runs} (there: {known}) nor the "
+        "folder of one: give a name, or a folder that holds plan.json"
+    )
 
 
 def promote(config: Config, version: str, *, reason: str) -> int:

@@ -1,26 +1,19 @@
-"""The report in the terminal: report.json and one table for each question a reader has."""
+"""The report in the terminal: one table for each question a reader has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.artifacts import write_json
 from rlhf.data.records import AXES
 from rlhf.report.cost import COLUMNS, cost_cells
-from rlhf.report.gather import MIN_PROMPTS, Row, gather
+from rlhf.report.gather import MIN_PROMPTS, Row
 
-REPORT = "report.json"
 NOTHING = "-"
-MIN_WIDTH = 120
-"""Columns of a report that is written to a file or a pipe, whose width rich cannot know."""
-
 GROUPS = ("all", "helpfulness", "safety", "longer", "not_longer")
 """Prompts that a win rate is read on, as evaluation.json names them."""
 
@@ -31,27 +24,6 @@ SHORT = {
     None: "all",
 }
 """Strengths as tables name them, where that differs."""
-
-
-def write_report(run_dir: Path, console: Console | None = None) -> Row:
-    """Write report.json, print the tables where there is a console, and return the report.
-
-    Works on an unfinished run: what is not there yet is left out. A console that is no terminal is
-    widened to MIN_WIDTH.
-    """
-    report = gather(run_dir)
-    write_json(run_dir / REPORT, report)
-    if console is not None:
-        if not console.is_terminal:
-            console.width = max(console.width, MIN_WIDTH)
-        for table in tables(report):
-            console.print(table, soft_wrap=False)
-            console.print()
-        path = run_dir / REPORT
-        console.print(
-            f"all of this and more: {path}", markup=False, highlight=False, soft_wrap=True
-        )
-    return report
 
 
 def tables(report: Row) -> list[Table]:
@@ -353,7 +325,7 @@ def _ppo(rows: Sequence[Row]) -> Table:
 
 
 def _nodes(report: Row) -> Table:
-    total = sum(row["seconds"] for row in report["nodes"])
+    total = sum(row["wall_seconds"] for row in report["nodes"])
     table = _table(
         "Time",
         ("node",),
@@ -364,8 +336,8 @@ def _nodes(report: Row) -> Table:
     for row in report["nodes"]:
         table.add_row(
             row["node"],
-            f"{row['seconds']:.1f}",
-            f"{row['seconds'] / total:.0%}" if total else NOTHING,
+            f"{row['wall_seconds']:.1f}",
+            f"{row['wall_seconds'] / total:.0%}" if total else NOTHING,
             f"{row['peak_memory_mb']:.0f}",
             *cost_cells(row),
         )

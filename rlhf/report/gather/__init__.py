@@ -7,6 +7,7 @@ every number names the file it comes from; docs/metrics.md describes every field
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rlhf.report.gather import cost, data, reward, scores, training, versions
@@ -21,7 +22,8 @@ SCHEMA_VERSION = 1
 def gather(run_dir: Path, *, store: Path | None = None) -> Row:
     """Return the report of a run; ArtifactError if there is no plan.json.
 
-    `store` is the folder of all streams; without it nothing is said about the batches.
+    `store` is the folder of all streams, by default the one that the run was started with; where it
+    is not there, nothing is said about the batches.
     """
     run = Run.open(run_dir, store)
     evaluated = versions.evaluations(run)
@@ -64,7 +66,10 @@ def gather(run_dir: Path, *, store: Path | None = None) -> Row:
         "environments": cost.environments(run),
         "cost": cost.cost(run, nodes),
     }
-    return {**report, "summary": summary(report)}
+    report["summary"] = summary(report)
+    # What is returned is what a reader of the file gets: tuples are lists, keys are strings.
+    tree: Row = json.loads(json.dumps(report, allow_nan=False))
+    return tree
 
 
 def _settings(run: Run) -> Row | None:

@@ -22,12 +22,12 @@ NODE_FIELDS = (
 )
 """What the report keeps of a manifest, where it has it."""
 
-SUMMED = ("wall_seconds", "device_seconds")
-SUMMED_ENERGY = ("kwh", "co2_kg")
+SUMMED = ("device_hours", "kwh", "co2_kg")
+SECONDS_PER_HOUR = 3600.0
 
 
 def nodes(run: Run) -> list[Row]:
-    """Return every finished node: what it read, on what it ran, what it cost, what was estimated."""
+    """Return every finished node: what it read, what it cost and what was estimated."""
     estimates = _estimates(run)
     return [_node(item, estimates.get(item.name)) for item in run.done]
 
@@ -47,9 +47,23 @@ def _node(item: Done, estimate: Row | None) -> Row:
         "stage": item.stage,
         "round": item.round,
         **kept,
+        "used": _used(item),
         "reads": reads,
         "estimate": estimate,
         "from": item.at("manifest.json"),
+    }
+
+
+def _used(item: Done) -> Row:
+    """Return what the node took, in the units of the estimate; None where it was not recorded."""
+    seconds = item.manifest.get("device_seconds")
+    energy = item.manifest.get("energy") or {}
+    return {
+        "device_hours": None if seconds is None else seconds / SECONDS_PER_HOUR,
+        "kwh": energy.get("kwh"),
+        "co2_kg": energy.get("co2_kg"),
+        "from": item.at("manifest.json"),
+        "how": "used",
     }
 
 
@@ -82,9 +96,9 @@ def cost(run: Run, rows: list[Row]) -> Row:
 
     A sum is None unless every finished node has the value: a part of a sum misleads.
     """
-    totals: Row = {name: _total([row.get(name) for row in rows]) for name in SUMMED}
+    totals: Row = {"wall_seconds": _total([row["wall_seconds"] for row in rows])}
+    totals |= {name: _total([row["used"][name] for row in rows]) for name in SUMMED}
     energies = [row.get("energy") or {} for row in rows]
-    totals |= {name: _total([energy.get(name) for energy in energies]) for name in SUMMED_ENERGY}
     methods = sorted({energy["method"] for energy in energies if energy.get("method")})
     path = run.folder / ESTIMATE
     estimate = None
@@ -100,7 +114,7 @@ def cost(run: Run, rows: list[Row]) -> Row:
             **totals,
             "methods": methods,
             "from": [row["from"] for row in rows],
-            "how": "sum_of_nodes",
+            "how": "sum",
         },
         "estimate": estimate,
     }

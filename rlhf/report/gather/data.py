@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from rlhf.data.arrival import Arrival
 from rlhf.data.drift import drift_report
 from rlhf.data.quality import quality_report
 from rlhf.data.records import AXES
@@ -52,7 +53,7 @@ def _accepted(run: Run, batch: str) -> Row | None:
 
 def _add_drift(run: Run, found: list[Row]) -> None:
     """Compare each batch that has a profile with all earlier ones that have one."""
-    earlier: list[Mapping[str, Any]] = []
+    earlier: list[dict[str, Any]] = []
     sources: list[str] = []
     for row in found:
         profile = run.batch_file(row["id"], PROFILE)
@@ -60,13 +61,35 @@ def _add_drift(run: Run, found: list[Row]) -> None:
             continue
         source = run.batch_at(row["id"], PROFILE)
         if earlier:
+            is_alone = sum(other["round"] == row["round"] for other in found) == 1
+            arrivals = list(_arrivals(run, row["round"])) if is_alone else []
             row["drift"] = {
-                **drift_report(profile, earlier),
-                "from": [source, *sources],
+                **drift_report(profile, earlier, arrivals=[arrival for arrival, _ in arrivals]),
+                "from": [source, *sources, *(place for _, places in arrivals for place in places)],
                 "how": "drift",
             }
         earlier.append(profile)
         sources.append(source)
+
+
+def _arrivals(run: Run, round_: int) -> Iterator[tuple[Arrival, list[str]]]:
+    """Yield what the reward models of the round before said about this round's only batch."""
+    if run.settings is None:
+        return
+    for axis in AXES:
+        models = {
+            item.round: item for item in run.reward_models("reward") if item.option("axis") == axis
+        }
+        now, before = models.get(round_), models.get(round_ - 1)
+        if now is None or before is None or not now.has("accuracy_before.json"):
+            continue
+        arrival = Arrival(
+            axis=axis,
+            on_arrival=now.read("accuracy_before.json"),
+            heldout=before.read("accuracy.json"),
+            level=run.settings["evaluate"]["level"],
+        )
+        yield arrival, [now.at("accuracy_before.json"), before.at("accuracy.json")]
 
 
 def quality(run: Run) -> list[Row]:
@@ -82,11 +105,13 @@ def quality(run: Run) -> list[Row]:
             continue
         rows = [row for row in run.rows(item, "scores.jsonl") if row["axis"] == axis]
         if rows:
+            is_named = any(row.get("annotator") for row in rows)
+            by = "annotator" if is_named else "source"
             found.append(
                 {
                     "round": item.round,
                     "axis": axis,
-                    **quality_report(rows),
+                    **quality_report(rows, by=by),
                     "from": item.at("scores.jsonl"),
                     "how": "quality",
                 }

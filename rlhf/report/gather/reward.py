@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rlhf.algo.forecast import fit_power_law
@@ -26,6 +27,13 @@ CELL_FIELDS = (
     "longer_difference",
     "control_swapped",
 )
+
+
+FLAT = (
+    "later models were not trained on more comparisons of their axis than earlier ones, so nothing "
+    "can be said about more (reward.max_comparisons caps them)"
+)
+"""Why there is no forecast where the number of comparisons does not grow."""
 
 
 def accuracy(run: Run, *, role: str, file: str, other_axis: bool = False) -> list[Row]:
@@ -186,7 +194,8 @@ def curves(run: Run) -> list[Row]:
                     "low": cell["low"],
                     "high": cell["high"],
                     "from": item.at("accuracy.json", "cells", position),
-                    "trained_on": {
+                    "trained": {
+                        "num_own": mixture["num_own"],
                         "rows": mixture["rows"],
                         "from": item.at("mixture.json"),
                     },
@@ -199,18 +208,22 @@ def curves(run: Run) -> list[Row]:
 
 def _forecast(run: Run, points: Sequence[Row]) -> Row:
     """Return the fit through the points and the value of one more batch of the newest's size."""
-    made: Row = {"from": [point["from"] for point in points], "how": "forecast"}
-    rows = [point["trained_on"]["rows"] for point in points]
-    if any(later <= earlier for earlier, later in zip(rows, rows[1:], strict=False)):
-        return {
-            **made,
-            "refused": "later models were not trained on more comparisons than earlier ones, so "
-            "nothing can be said about more; reward.max_comparisons limits them",
-        }
+    measured = [point for point in points if point["accuracy"] is not None]
+    made: Row = {
+        "from": [
+            place for point in measured for place in (point["from"], point["trained"]["from"])
+        ],
+        "how": "forecast",
+    }
+    settings = run.settings
+    rows = [point["trained"]["num_own"] for point in measured]
+    if settings is None or any(later <= earlier for earlier, later in pairwise(rows)):
+        return {**made, "curve": [], "next": None, "warnings": [], "reason": FLAT}
     fitted = fit_power_law(
         rows,
-        [point["accuracy"] for point in points],
-        low=[point["low"] for point in points],
-        high=[point["high"] for point in points],
+        [point["accuracy"] for point in measured],
+        low=[point["low"] for point in measured],
+        high=[point["high"] for point in measured],
+        level=settings["evaluate"]["level"],
     )
     return {**made, **fitted}

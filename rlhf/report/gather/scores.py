@@ -28,7 +28,7 @@ NUM_BINS = 10
 """Bins of a reliability plot."""
 
 HISTOGRAM_BINS = 30
-"""Bins of a histogram, about; edges are round numbers."""
+"""Most bins of a histogram; few values get fewer, and edges are round numbers."""
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Where the gate's precision and recall are read, besides the threshold in use."""
@@ -40,11 +40,12 @@ MAX_POINTS = 2000
 """Most responses drawn in a scatter; of more, every k-th is kept, and all are counted."""
 
 
-def round_edges(values: Sequence[float], *, bins: int = HISTOGRAM_BINS) -> list[float]:
+def round_edges(values: Sequence[float], *, smallest: int) -> list[float]:
     """Return evenly spaced edges around all values, with a step of 1, 2 or 5 times a power of 10.
 
-    There are at most `bins` bins, and at least one.
+    About 1.5 bins per root of the smallest group's size, so that its bins hold something.
     """
+    bins = max(8, min(HISTOGRAM_BINS, round(1.5 * math.sqrt(smallest))))
     low, high = min(values), max(values)
     rough = max((high - low) / bins, 1e-3)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -55,7 +56,7 @@ def round_edges(values: Sequence[float], *, bins: int = HISTOGRAM_BINS) -> list[
 
 
 def versions(run: Run) -> list[Row]:
-    """Return histograms of every version's judge scores, in the newest round that has them (Fig. 20).
+    """Return histograms of every version's judge scores in the newest round (paper Fig. 20).
 
     One per axis, on the prompts that the axis is judged on; all versions share judges and edges.
     """
@@ -85,7 +86,8 @@ def versions(run: Run) -> list[Row]:
 
 
 def _histograms(groups: Mapping[str, Sequence[float]]) -> Row:
-    edges = round_edges([value for values in groups.values() for value in values])
+    smallest = min(len(values) for values in groups.values())
+    edges = round_edges([v for values in groups.values() for v in values], smallest=smallest)
     return {
         "edges": edges,
         "groups": [
@@ -237,7 +239,7 @@ def conflicts(run: Run) -> Row | None:
     ]
     if not points:
         return None
-    helpfulness, safety, labels = zip(*points, strict=True)
+    helpfulness, safety, _ = zip(*points, strict=True)
     limits = {
         axis: {
             "low": float(np.quantile(values, CORNER)),

@@ -83,7 +83,7 @@ class Done:
 class Run:
     """A run's folder, its plan, and its finished nodes in the plan's order.
 
-    `store` is the folder of all streams, or None where it is not known.
+    `store` is the folder of all streams; None is the one of run.yaml.
     """
 
     folder: Path
@@ -142,9 +142,10 @@ class Run:
 
     def batch_folder(self, batch: str) -> Path | None:
         """Return where the store keeps a batch of this run's stream, or None."""
-        if self.store is None or self.settings is None:
+        if self.settings is None:
             return None
-        folder = self.store / self.settings["data"]["stream"] / "batches" / batch
+        store = self.store or Path(self.settings["paths"]["store"])
+        folder = store / self.settings["data"]["stream"] / "batches" / batch
         return folder if folder.is_dir() else None
 
     def batch_file(self, batch: str, file: str) -> Any:

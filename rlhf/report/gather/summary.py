@@ -58,7 +58,7 @@ def _decisions(report: Row) -> Iterator[Row]:
         if evaluation["decision"]["promoted"] or not broken:
             continue
         is_newest = i == len(report["evaluations"]) - 1
-        places = {}
+        places: dict[str, str] = {}
         for j in broken:
             place = pointer("evaluations", i, "decision", "reasons", j)
             places |= {reasons[j]["rule"]: f"{place}/value", f"bound_{j}": f"{place}/bound"}
@@ -93,18 +93,15 @@ def _alarms(report: Row) -> Iterator[Row]:
 
 
 def _drift(report: Row) -> Iterator[Row]:
-    for i, batch in enumerate(report["batches"]):
-        if batch["drift"] is None:
-            continue
-        for j, line in enumerate(batch["drift"]["lines"]):
-            if line["verdict"] in LEVELS:
-                yield _finding(
-                    line["verdict"],
-                    "data",
-                    batch["round"],
-                    f"batch {batch['id']} drifted in {line['measure']}",
-                    effect=pointer("batches", i, "drift", "lines", j, "effect"),
-                )
+    """Every batch with a line that is not as expected, named with all of them."""
+    for batch in report["batches"]:
+        lines = [] if batch["drift"] is None else batch["drift"]["lines"]
+        found = {level: [x for x in lines if x["verdict"] == level] for level in LEVELS}
+        for level, of_level in found.items():
+            if of_level:
+                measures = " and ".join(line["title"] for line in of_level)
+                text = f"batch {batch['id']} drifted in {measures}"
+                yield _finding(level, "data", batch["round"], text)
 
 
 def _reward(report: Row) -> Iterator[Row]:

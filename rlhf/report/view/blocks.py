@@ -122,7 +122,18 @@ class Examples:
     kind: str = field(default="examples", init=False)
 
 
-Block = Figure | Table | Note | Examples
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Blocks behind a title: earlier rounds, further findings."""
+
+    id: str
+    title: str
+    blocks: Sequence[Figure | Table | Note]
+
+    kind: str = field(default="folded", init=False)
+
+
+Block = Figure | Table | Note | Examples | Folded
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,14 @@ STRENGTH_NAMES: dict[str | None, str] = {
 SERIES = ("c1", "c2", "c3", "c4", "c5", "c6")
 """Colours of series without an order."""
 
-VERDICT_CLASS = {"as expected": "ok", "look": "look", "stop": "stop"}
+VERDICT_CLASS = {
+    "as expected": "ok",
+    "look": "look",
+    "stop": "stop",
+    "no sign": "ok",
+    "cannot tell": "look",
+    "over-optimising": "stop",
+}
 
 
 def ramp(position: int, length: int) -> str:
@@ -53,7 +60,8 @@ def prose(text: str | Markup) -> Markup:
     """Return text in which `code` between backticks is marked as such; strings are escaped."""
     pieces = escape(text).split("`")
     return Markup("").join(
-        Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces)
+        Markup("<code>{}</code>").format(piece) if i % 2 else piece
+        for i, piece in enumerate(pieces)
     )
 
 

@@ -62,27 +62,19 @@ def _times(nodes: Ref) -> Figure:
 def _totals(cost: Ref) -> Iterator[Block]:
     actual, estimate = cost["actual"], cost["estimate"]
     names = {
-        "wall_seconds": ("wall time, s", "f0", "wall_seconds"),
-        "device_seconds": ("device time, s", "f0", "device_seconds"),
-        "kwh": ("energy, kWh", "g", "kwh"),
-        "co2_kg": ("CO2, kg", "g", "co2_kg"),
+        "wall_seconds": ("wall time, s", "f0"),
+        "device_hours": ("device-hours", "g"),
+        "kwh": ("energy at the device, kWh", "g"),
+        "co2_kg": ("CO2, kg", "g"),
+        "flops": ("FLOPs", "g"),
+        "cost": ("money", "f2"),
     }
     columns = [Column("total", numeric=False), Column("actual"), Column("estimate")]
     rows = [
-        [
-            cell(title),
-            cell(actual[name], form),
-            cell(estimate["totals"][key] if estimate else Ref(None), form),
-        ]
-        for name, (title, form, key) in names.items()
+        [cell(title), cell(actual[name], form), cell(estimate["totals"][name], form)]
+        for name, (title, form) in names.items()
     ]
-    if estimate:
-        rows += [
-            [cell(key.replace("_", " ")), cell(Ref(None), "g"), cell(estimate["totals"][key], "g")]
-            for key in estimate["totals"].keys()
-            if key not in names and isinstance(estimate["totals"][key].value, int | float)
-        ]
-    methods = ", ".join(actual.value["methods"]) or "not recorded"
+    methods = " and ".join(actual.value["methods"]) or "not recorded"
     note = Markup("Energy is {}. A total is left out unless every finished node has it. {}").format(
         methods,
         "" if estimate else "No estimate was written when the run was prepared.",
@@ -94,10 +86,12 @@ def _totals(cost: Ref) -> Iterator[Block]:
 
 def _assumptions(assumptions: Ref) -> Table:
     rows = []
-    for name in assumptions.keys():
+    for name in assumptions.fields():
         value = assumptions[name]
-        is_number = isinstance(value.value, int | float) and not isinstance(value.value, bool)
-        shown = cell(value, "g") if is_number else Cell(text(value), None)
+        if isinstance(value.value, list):
+            shown = Cell(Markup(", ").join(text(part) for part in value), None)
+        else:
+            shown = cell(value, "g" if isinstance(value.value, int | float) else "")
         rows.append([cell(name.replace("_", " ")), shown])
     columns = [Column("assumption", numeric=False), Column("value")]
     return Table("assumptions", "What the estimate assumes", columns, rows, open=False)
@@ -108,11 +102,12 @@ def _nodes(nodes: Ref) -> Table:
         Column("node", numeric=False),
         Column("stage", numeric=False, filter=True),
         Column("wall, s"),
-        Column("device, s"),
+        Column("device-hours"),
+        Column("estimated"),
         Column("kWh"),
+        Column("estimated"),
         Column("energy is", numeric=False),
         Column("CO2, kg"),
-        Column("estimated kWh"),
         Column("peak MB"),
         Column("processes"),
         Column("exact", numeric=False),
@@ -124,11 +119,12 @@ def _nodes(nodes: Ref) -> Table:
             cell(node["node"]),
             cell(node["stage"]),
             cell(node["wall_seconds"], "f1"),
-            cell(node["device_seconds"], "f1"),
-            cell(node["energy"]["kwh"], "g"),
-            cell(node["energy"]["method"]),
-            cell(node["energy"]["co2_kg"], "g"),
+            cell(node["used"]["device_hours"], "g"),
+            cell(node["estimate"]["device_hours"], "g"),
+            cell(node["used"]["kwh"], "g"),
             cell(node["estimate"]["kwh"], "g"),
+            cell(node["energy"]["method"]),
+            cell(node["used"]["co2_kg"], "g"),
             cell(node["peak_memory_mb"], "f0"),
             cell(node["num_processes"], "d"),
             cell("yes" if node.value["exact"] else "no"),
@@ -181,7 +177,7 @@ def _environments(environments: Ref) -> Table:
         packages = part["versions"]
         shown = Markup(", ").join(
             Markup("{} {}").format(name, text(packages[name]))
-            for name in packages.keys()
+            for name in packages.fields()
             if packages[name].value
         )
         rows.append(

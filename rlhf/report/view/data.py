@@ -10,7 +10,7 @@ from rlhf.data.records import STRENGTHS
 from rlhf.report.view.blocks import Block, Cell, Column, Figure, Note, Section, Table, cell
 from rlhf.report.view.charts import Panel
 from rlhf.report.view.common import AXIS_COLOURS, SERIES, badge, strength_name, words
-from rlhf.report.view.marks import Mark, Point
+from rlhf.report.view.marks import Mark, Point, value_of
 from rlhf.report.view.refs import Ref, interval, text
 from rlhf.report.view.scales import Axis, axis
 
@@ -70,14 +70,10 @@ def _mix(batches: list[Ref]) -> Figure:
                 for i, batch in enumerate(batches)
                 if batch["accepted_by"][group][name].value is not None
             ]
-        values = [mark.y.value for mark in marks if isinstance(mark, Point) and _is_ref(mark.y)]
+        values = [value_of(mark.y) for mark in marks if isinstance(mark, Point)]
         y = axis("comparisons", values, include=(0.0,), form="d")
         panels.append(Panel(f"accepted by {group}", _batch_axis(ids), y, marks))
     return Figure("batch-mix", "What each batch holds", panels)
-
-
-def _is_ref(place: object) -> bool:
-    return isinstance(place, Ref)
 
 
 def _batch_axis(ids: list[str]) -> Axis:
@@ -93,7 +89,7 @@ def _counts(batches: list[Ref]) -> Table:
         {
             name
             for batch in batches
-            for name in batch["counts"].keys()
+            for name in batch["counts"].fields()
             if name not in COUNTS and batch.value["counts"][name]
         }
     )
@@ -151,11 +147,13 @@ def _drift(batches: Ref) -> Iterator[Block]:
 
 
 def _value(ref: Ref) -> Cell:
-    """Return a measured value: a number, or a mix as its largest parts."""
+    """Return a measured value: a number, a mix as its largest parts, or words."""
+    if isinstance(ref.value, list):
+        return Cell(Markup(", ").join(text(part) for part in ref), None)
     if isinstance(ref.value, dict):
-        parts = sorted(ref.keys(), key=lambda name: -(ref.value[name] or 0))[:4]
+        parts = sorted(ref.fields(), key=lambda name: -(ref.value[name] or 0))[:4]
         shown = Markup(", ").join(
-            Markup("{} {}").format(words(name), cell(ref[name], "g").shown) for name in parts
+            Markup("{} {}").format(words(name), cell(ref[name], "p0").shown) for name in parts
         )
         return Cell(shown, None)
     if isinstance(ref.value, str):
@@ -227,6 +225,6 @@ def _mixtures(report: Ref) -> Iterator[Block]:
 
 def _named_counts(counts: Ref) -> Cell:
     shown = Markup(", ").join(
-        Markup("{} {}").format(name, cell(counts[name], "d").shown) for name in counts.keys()
+        Markup("{} {}").format(name, cell(counts[name], "d").shown) for name in counts.fields()
     )
     return Cell(shown, None)

@@ -118,6 +118,8 @@ class Point(Mark):
     low: Ref | None = None
     high: Ref | None = None
     across: bool = False
+    shift: float = 0.0
+    """Pixels to the right of its place, so that two series do not hide each other."""
     shape: str = "dot"
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
@@ -132,14 +134,17 @@ class Point(Mark):
         bar = Markup("")
         low, high = value_of(self.low), value_of(self.high)
         if low is not None and high is not None:
-            ends = (x(low), y(b), x(high), y(b)) if self.across else (x(a), y(low), x(a), y(high))
+            place = x(a) + self.shift
+            ends = (x(low), y(b), x(high), y(b)) if self.across else (place, y(low), place, y(high))
             bar = Markup('<path class="bar" d="M{:.2f},{:.2f}L{:.2f},{:.2f}"/>').format(*ends)
-        return Markup('<g class="point {} {}"{}>{}{}<title>{}</title></g>').format(
+        shift = Markup(' data-shift="{}"').format(self.shift) if self.shift else Markup("")
+        return Markup('<g class="point {} {}"{}{}>{}{}<title>{}</title></g>').format(
             self.colour,
             self.shape,
+            shift,
             attributes(x=self.x, y=self.y, low=self.low, high=self.high),
             bar,
-            _symbol(self.shape, x(a), y(b)),
+            _symbol(self.shape, x(a) + self.shift, y(b)),
             self._title(axes),
         )
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
 from rlhf import metrics
 from rlhf.data.records import AXES
-from rlhf.report.view.blocks import Block, Cell, Column, Figure, Note, Section, Table, cell
+from rlhf.report.view.blocks import Block, Cell, Column, Figure, Folded, Note, Section, Table, cell
 from rlhf.report.view.charts import Panel
-from rlhf.report.view.common import AXIS_COLOURS, badge, words
+from rlhf.report.view.common import AXIS_COLOURS, badge
 from rlhf.report.view.marks import Line, Mark, Point, Rule
-from rlhf.report.view.refs import Ref, interval, text
+from rlhf.report.view.refs import Ref, interval, number, text
 from rlhf.report.view.scales import Axis, Values, axis
 
 LEAD = (
@@ -23,10 +23,13 @@ LEAD = (
 )
 
 CURVES: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("score", (metrics.ROLLOUT_SCORE,), "f2"),
     (
-        "score by model",
-        (metrics.ROLLOUT_SCORE_HELPFULNESS, metrics.ROLLOUT_SCORE_SAFETY),
+        "score",
+        (
+            metrics.ROLLOUT_SCORE,
+            metrics.ROLLOUT_SCORE_HELPFULNESS,
+            metrics.ROLLOUT_SCORE_SAFETY,
+        ),
         "f2",
     ),
     ("reward after KL", (metrics.ROLLOUT_REWARD,), "f2"),
@@ -49,22 +52,28 @@ def section(report: Ref) -> Section:
     else:
         blocks = [
             *_verdicts(report["over_optimisation"]),
-            *(_curves(row) for row in report["ppo"]),
-            *_against_kl(report["ppo"], report["over_optimisation"]),
+            *_newest_first("ppo", [_curves(row) for row in report["ppo"]]),
+            *_against_kl(report["over_optimisation"]),
+            *_changes(report["over_optimisation"]),
             _table(report["ppo"]),
         ]
     return Section("ppo", "PPO and over-optimisation", LEAD, [*blocks, *_length(report)])
 
 
+def _newest_first(name: str, figures: Sequence[Figure]) -> Iterator[Block]:
+    """Yield the newest round's figure, and those of earlier rounds folded."""
+    yield from figures[-1:]
+    if len(figures) > 1:
+        yield Folded(f"earlier-{name}", "Earlier rounds", figures[-2::-1])
+
+
 def _verdicts(rows: Ref) -> Iterator[Block]:
     for row in rows:
         verdict = row["verdict"]
-        if verdict:
-            word = verdict.value["verdict"]
-            body = Markup("{} Round {}: {}").format(
-                badge(word), row.value["round"], text(verdict["text"])
-            )
-            yield Note(body, level="verdict")
+        body = Markup("{} Round {}: {}.").format(
+            badge(verdict.value["verdict"]), number(row["round"], "d"), text(verdict["text"])
+        )
+        yield Note(body, level="verdict")
 
 
 def _curves(row: Ref) -> Figure:
@@ -78,18 +87,24 @@ def _curves(row: Ref) -> Figure:
         for name in names:
             if not curves[name]:
                 continue
-            colour = "c1"
+            colour, series = "c1", ""
             if len(names) > 1:
-                colour = AXIS_COLOURS[name.rpartition("_")[2]]
-            series = words(name.rpartition("/")[2]) if len(names) > 1 else ""
+                axis_of = name.rpartition("_")[2]
+                colour = AXIS_COLOURS.get(axis_of, "c0")
+                series = (
+                    f"score: {axis_of}"
+                    if axis_of in AXIS_COLOURS
+                    else "score that the gate selects"
+                )
             ys = Values.of(curves[name])
             marks.append(Line(name=series, colour=colour, xs=Values.of(steps), ys=ys))
             values += [value for value in ys.values if value is not None]
         if not marks:
             continue
         zero = (0.0,) if names[0] in FROM_ZERO else ()
+        least = 0.0 if zero else None
         most = 1.0 if names[0] == metrics.ROLLOUT_FINISHED_FRACTION else None
-        y = axis("", values, include=zero, most=most, form=form)
+        y = axis("", values, include=zero, least=least, most=most, form=form)
         panels.append(Panel(title, iterations, y, marks))
     panels[1:1] = _heldout(row, iterations)
     number_ = row.value["round"]
@@ -109,50 +124,65 @@ def _heldout(row: Ref, iterations: Axis) -> Iterator[Panel]:
     yield Panel("held-out score, sd above the start", iterations, axis("", ys.values), marks)
 
 
-def _against_kl(rows: Ref, checks: Ref) -> Iterator[Block]:
+def _against_kl(checks: Ref) -> Iterator[Block]:
     """Score against sqrt(KL): used, canary and gold, each as gain over the start."""
     if not checks:
         yield Note(
             "Score against the root of KL with the canary: nothing yet. The evaluation of a round "
             "with PPO writes over_optimisation.json; an older release did not."
         )
-    for check in checks:
-        points = check["points"]
-        panels = [_kl_panel(points, name) for name in AXES]
-        if points and points[0]["gold"]:
-            panels.append(_gold_panel(points))
-        k = check.value["round"]
-        yield Figure(
-            f"over-optimisation-{k}",
-            f"Score against the root of KL, round {k}",
-            panels,
-            Markup(
-                "Raw scores, each on its own model's scale: read the direction, not the height. "
-                "{} Where used scores rise and the canary or gold falls, PPO is exploiting its "
-                "reward models."
-            ).format(text(check["canary"]["text"])),
-        )
+    figures = [figure for check in checks for figure in _against_kl_of(check)]
+    yield from _newest_first("kl", figures)
+
+
+def _against_kl_of(check: Ref) -> Iterator[Figure]:
+    """Yield one round's figure, if anything was scored."""
+    points = check["points"]
+    panels = [
+        _kl_panel(points, name)
+        for name in AXES
+        if any(point["used"][name].value is not None for point in points)
+    ]
+    if points and points[0]["gold"]:
+        panels.append(_gold_panel(points))
+    if not panels:
+        return
+    k = check.value["round"]
+    yield Figure(
+        f"over-optimisation-{k}",
+        f"Score against the root of KL, round {k}",
+        panels,
+        Markup(
+            "Raw scores, each on its own model's scale: read the direction, not the height. "
+            "{} Where used scores rise and the canary or gold falls, PPO is exploiting its "
+            "reward models."
+        ).format(text(check["canary"]["text"])),
+    )
 
 
 def _kl_panel(points: Ref, name: str) -> Panel:
     marks: list[Mark] = []
     values: list[float | None] = []
-    series = (("used", "used by PPO", AXIS_COLOURS[name]), ("canary", "canary", "c4"))
+    series = (("used", "used by PPO", "c1"), ("canary", "canary", "c4"))
     for field, title, colour in series:
         found = Values.of(points, field, name)
         values += found.values
         xs = Values.of(points, "sqrt_kl")
         marks.append(Line(name=title, colour=colour, xs=xs, ys=found, dashed=field == "canary"))
-        marks += [
-            Point(
-                label=title,
-                colour=colour,
-                shape="diamond" if field == "canary" else "dot",
-                x=point["sqrt_kl"],
-                y=point[field][name],
+        for point in points:
+            limits = point["intervals"][field][name]
+            values += [limits["low"].value, limits["high"].value]
+            marks.append(
+                Point(
+                    label=title,
+                    colour=colour,
+                    shape="diamond" if field == "canary" else "dot",
+                    x=point["sqrt_kl"],
+                    y=point[field][name],
+                    low=limits["low"],
+                    high=limits["high"],
+                )
             )
-            for point in points
-        ]
     xs_ = [point["sqrt_kl"].value for point in points]
     return Panel(name, axis("root of KL", xs_, form="f2"), axis("score", values, form="f2"), marks)
 
@@ -173,8 +203,47 @@ def _gold_panel(points: Ref) -> Panel:
             for point in points
         ]
     xs = [point["sqrt_kl"].value for point in points]
-    y = axis("gold", values, include=(0.0,), form="f3")
+    y = axis("gold", values, include=(0.0,), least=0.0, most=1.0, form="f3")
     return Panel("gold, toy world only", axis("root of KL", xs, form="f2"), y, marks)
+
+
+def _changes(checks: Ref) -> Iterator[Table]:
+    """Yield what the verdicts rest on: both scores since the canary's best scoring."""
+    rows = []
+    for check in checks:
+        axes = check["verdict"]["axes"]
+        for name in axes.fields():
+            part = axes[name]
+            rows.append(
+                [
+                    cell(check["round"], "d"),
+                    cell(name),
+                    cell(part["verdict"]),
+                    cell(part["since"], "d"),
+                    cell(part["best_iteration"], "d"),
+                    cell(part["last_iteration"], "d"),
+                    Cell(interval(part["used_change"], "s"), part["used_change"]["mean"].value),
+                    Cell(interval(part["canary_change"], "s"), part["canary_change"]["mean"].value),
+                    cell(part["n"], "d"),
+                ]
+            )
+    columns = [
+        Column("round"),
+        Column("axis", numeric=False),
+        Column("verdict", numeric=False),
+        Column("since"),
+        Column("canary best at"),
+        Column("last"),
+        Column("used, change"),
+        Column("canary, change"),
+        Column("prompts"),
+    ]
+    if rows:
+        note = (
+            "Changes run from the iteration where the canary scores best to the last one. The used "
+            "score up and the canary surely down is over-optimisation."
+        )
+        yield Table("over-optimisation", "What the verdict rests on", columns, rows, note)
 
 
 def _table(rows: Ref) -> Table:
@@ -252,10 +321,13 @@ def _length(report: Ref) -> Iterator[Block]:
         "responses of similar length are compared. A small share left means that length was bought."
     )
     yield Table("length-controlled", "Length-controlled gain", columns, table, note)
+    newest = rows[-1]
     panels = [
-        _buckets(row, name) for row in rows for name in AXES if row["length_controlled"][name]
+        _buckets(newest, name) for name in AXES if newest["length_controlled"][name]["buckets"]
     ]
-    yield Figure("length-buckets", "Gain by length of the response", panels)
+    if panels:
+        note = "A gain that grows with the number of tokens is a gain in length."
+        yield Figure("length-buckets", "Gain by length, newest version", panels, note)
 
 
 def _buckets(row: Ref, name: str) -> Panel:

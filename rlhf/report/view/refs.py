@@ -50,7 +50,7 @@ class Ref:
         """Tell whether there is a value: neither None nor empty."""
         return self.value is not None and self.value not in ([], {}, "")
 
-    def keys(self) -> list[str]:
+    def fields(self) -> list[str]:
         """Return the keys of an object that are not about where it comes from."""
         return [key for key in (self.value or {}) if key not in ("from", "how")]
 
@@ -66,8 +66,8 @@ class Ref:
 def written(value: float | None, form: str) -> str:
     """Return a number as the page writes it.
 
-    Forms: `d` whole; `i` whole without groups, for seeds; `f0` to `f4` digits after the point; `p0` to `p2` per cent; `g` four
-    significant digits; `s` signed with three digits.
+    Forms: `d` whole; `i` whole without groups, for seeds; `f0` to `f4` digits after the point; `p0`
+    to `p2` per cent; `g` four significant digits; `s` signed with three digits.
     """
     if value is None:
         return NOTHING

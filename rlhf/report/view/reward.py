@@ -11,7 +11,7 @@ from rlhf.report.view.blocks import Block, Cell, Column, Figure, Note, Section, 
 from rlhf.report.view.charts import ROW, Panel
 from rlhf.report.view.common import AXIS_COLOURS, ramp, sentence, strength_name
 from rlhf.report.view.marks import Band, Line, Mark, Point, Rule
-from rlhf.report.view.refs import Ref, interval, number
+from rlhf.report.view.refs import Ref, interval, number, text
 from rlhf.report.view.scales import Values, axis, categories, whole
 
 LEAD = (
@@ -84,9 +84,7 @@ def _dot_panel(title: str, rows: Sequence[Ref], *, colour: str | None = None) ->
     values = [mark.x.value for mark in marks if isinstance(mark, Point) and isinstance(mark.x, Ref)]
     x = axis("accuracy", values, include=(0.4, 1.0), form="f3")
     height = max(ROW, 12 + 9 * len(rounds))
-    return Panel(
-        title, x, y, [Rule(at=0.5, along="x"), *marks], named_rows=True, row_height=height
-    )
+    return Panel(title, x, y, [Rule(at=0.5, along="x"), *marks], named_rows=True, row_height=height)
 
 
 def _controls(row: Ref, place: float) -> Iterator[Mark]:
@@ -170,6 +168,7 @@ def _line(name: str, rows: Sequence[Ref], colour: str, shape: str) -> Iterator[M
                 y=row["accuracy"],
                 low=row["low"],
                 high=row["high"],
+                shift=-4.0 if shape == "dot" else 4.0,
             )
 
 
@@ -191,7 +190,7 @@ def _curves(curves: Ref) -> Iterator[Block]:
                 name=f"measured, {name}",
                 label=f"round {point.value['round']}",
                 colour=AXIS_COLOURS[name],
-                x=point["trained_on"]["rows"],
+                x=point["trained"]["num_own"],
                 y=point["accuracy"],
                 low=point["low"],
                 high=point["high"],
@@ -230,21 +229,29 @@ def _curve_panel(name: str, marks: Sequence[Mark]) -> Panel:
             xs.append(x)
             ys += [value for value in (y, low, high) if value not in ("", None)]
     return Panel(
-        name, axis("comparisons trained on", xs, form="d", ticks=4), axis("accuracy", ys, most=1.0), marks
+        name,
+        axis("own comparisons trained on", xs, form="d", ticks=4),
+        axis("accuracy", ys, most=1.0),
+        marks,
     )
 
 
 def _verdict(name: str, forecast: Ref) -> Markup:
-    if forecast["refused"]:
-        return Markup('{}: no forecast; <span data-path="{}">{}</span>.').format(
-            name.capitalize(), forecast["refused"].path, forecast["refused"].value
-        )
     following = forecast["next"]
+    if not following:
+        return Markup("{}: no forecast, {}.").format(name.capitalize(), text(forecast["reason"]))
+    warnings = Markup("").join(
+        Markup(" ({})").format(text(warning)) for warning in forecast["warnings"]
+    )
     return sentence(
-        "{name}: one more batch takes accuracy to an expected {value} ({gain} more).",
+        "{name}: one more batch takes accuracy to an expected {value}, a gain of {gain} "
+        "[{low}, {high}]{warnings}.",
         name=name.capitalize(),
         value=interval(following, middle="accuracy"),
         gain=number(following["gain"], "s"),
+        low=number(following["gain_low"], "s"),
+        high=number(following["gain_high"], "s"),
+        warnings=warnings,
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from markupsafe import Markup
 
 from rlhf.data.records import AXES
-from rlhf.report.view.blocks import Block, Cell, Column, Figure, Note, Section, Table, cell
+from rlhf.report.view.blocks import Block, Cell, Column, Figure, Folded, Note, Section, Table, cell
 from rlhf.report.view.charts import Panel
-from rlhf.report.view.common import SERIES, words
+from rlhf.report.view.common import ramp, words
 from rlhf.report.view.marks import Band, Line, Mark, Point, Rule
 from rlhf.report.view.refs import Ref, interval, number
 from rlhf.report.view.scales import Axis, Values, axis
@@ -28,17 +28,24 @@ def section(report: Ref) -> Section:
             "No rejection sampling yet. Rounds sample where `rounds.schedule` says rejection."
         )
         return Section("sampling", "Rejection sampling", LEAD, [empty])
+    selections = list(report["rejection"])
     blocks: list[Block] = [
-        _against_n(report["rejection"]),
+        _against_n(selections[-1:], "best-of-n"),
         *_temperature(report["temperature"]),
         *_diversity(report["rejection"]),
-        *_winners(report["rejection"]),
+        *_winners(selections[-1:], "winners"),
         _counts(report["rejection"]),
     ]
+    if len(selections) > 1:
+        older = [
+            _against_n(selections[:-1], "earlier-best-of-n"),
+            *_winners(selections[:-1], "earlier-winners"),
+        ]
+        blocks.append(Folded("earlier-sampling", "Earlier rounds", older))
     return Section("sampling", "Rejection sampling", LEAD, blocks)
 
 
-def _against_n(selections: Ref) -> Figure:
+def _against_n(selections: Sequence[Ref], id: str) -> Figure:
     panels = []
     for selection in selections:
         for name in AXES:
@@ -47,7 +54,7 @@ def _against_n(selections: Ref) -> Figure:
                 title = f"round {selection.value['round']}: {name}"
                 panels.append(_curve_panel(title, curve, "c1"))
     return Figure(
-        "best-of-n",
+        id,
         "Best and median of N samples",
         panels,
         "Expected raw score of the round's reward model. The distance between the two lines is "
@@ -88,39 +95,45 @@ def _temperature(sweeps: Ref) -> Iterator[Block]:
             "and picks the best."
         )
         return
-    for sweep in sweeps:
-        rows = sweep["temperatures"]
-        xs = Values.of(rows, "temperature")
-        title = f"round {sweep.value['round']}"
-        score: list[Mark] = [
-            Band(
-                xs=xs,
-                lows=Values.of(rows, "low"),
-                highs=Values.of(rows, "high"),
-                colour="c1",
-            ),
-            Line(name="best of K", colour="c1", xs=xs, ys=Values.of(rows, "score")),
-            Rule(at=sweep["chosen"], along="x", label="chosen"),
-        ]
-        score += [
-            Point(
-                colour="c1", x=row["temperature"], y=row["score"], low=row["low"], high=row["high"]
-            )
-            for row in rows
-        ]
-        panels = [Panel(f"{title}: score", _temperatures(rows), _limits("score", rows), score)]
-        panels.append(_self_bleu(title, rows, sweep["chosen"]))
-        panels.append(_by_n(title, rows))
-        yield Figure(
-            f"temperature-{sweep.value['round']}",
-            f"Temperature sweep of {sweep.value['version']}",
-            panels,
-            Markup(
-                "{} samples for each of {} prompts at every temperature. Self-BLEU compares the "
-                "samples of one prompt with each other: lower is more diverse."
-            ).format(number(sweep["num_samples"], "d"), number(sweep["prompts"], "d")),
-        )
-        yield _temperature_table(sweep)
+    made = [list(_sweep(sweep)) for sweep in sweeps]
+    yield from made[-1]
+    if len(made) > 1:
+        older = [block for blocks in reversed(made[:-1]) for block in blocks]
+        yield Folded("earlier-sweeps", "Earlier temperature sweeps", older)
+
+
+def _sweep(sweep: Ref) -> Iterator[Figure | Table]:
+    """Yield the figure and the table of one sweep."""
+    rows = sweep["temperatures"]
+    xs = Values.of(rows, "temperature")
+    title = f"round {sweep.value['round']}"
+    score: list[Mark] = [
+        Band(
+            xs=xs,
+            lows=Values.of(rows, "low"),
+            highs=Values.of(rows, "high"),
+            colour="c1",
+        ),
+        Line(name="best of K", colour="c1", xs=xs, ys=Values.of(rows, "score")),
+        Rule(at=sweep["chosen"], along="x", label="chosen"),
+    ]
+    score += [
+        Point(colour="c1", x=row["temperature"], y=row["score"], low=row["low"], high=row["high"])
+        for row in rows
+    ]
+    panels = [Panel(f"{title}: score", _temperatures(rows), _limits("score", rows), score)]
+    panels.append(_self_bleu(title, rows, sweep["chosen"]))
+    panels.append(_by_n(title, rows))
+    yield Figure(
+        f"temperature-{sweep.value['round']}",
+        f"Temperature sweep of {sweep.value['version']}",
+        panels,
+        Markup(
+            "{} samples for each of {} prompts at every temperature. Self-BLEU compares the "
+            "samples of one prompt with each other: lower is more diverse."
+        ).format(number(sweep["num_samples"], "d"), number(sweep["prompts"], "d")),
+    )
+    yield _temperature_table(sweep)
 
 
 def _temperatures(rows: Ref) -> Axis:
@@ -166,7 +179,7 @@ def _by_n(title: str, rows: Ref) -> Panel:
     marks: list[Mark] = [
         Line(
             name=f"T = {row.value['temperature']:g}",
-            colour=SERIES[i % len(SERIES)],
+            colour=ramp(i, len(curves)),
             xs=numbers,
             ys=Values.of(curve),
         )
@@ -223,7 +236,7 @@ def _diversity(selections: Ref) -> Iterator[Block]:
     yield Table("diversity", "Diversity of the sampled versions", columns, table, note)
 
 
-def _winners(selections: Ref) -> Iterator[Block]:
+def _winners(selections: Sequence[Ref], id: str) -> Iterator[Figure]:
     panels = []
     for selection in selections:
         winners = selection["winners_from"]
@@ -237,7 +250,7 @@ def _winners(selections: Ref) -> Iterator[Block]:
             panels.append(_counts_panel(f"{title}: {words(field)}", label, winners[field]))
     if panels:
         yield Figure(
-            "winners",
+            id,
             "Where winners come from",
             panels,
             "Winners by the rank of their length among the samples of their prompt, and by the "

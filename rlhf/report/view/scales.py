@@ -46,22 +46,25 @@ def axis(
     *,
     include: Sequence[float] = (),
     limits: tuple[float, float] | None = None,
+    least: float | None = None,
     most: float | None = None,
     form: str = "f3",
     ticks: int = 5,
 ) -> Axis:
     """Return an axis around values, ending on ticks; `limits` fixes its ends.
 
-    `most` is the largest value there can be, such as 1 of a share.
+    `least` and `most` are the smallest and largest values there can be, such as 0 and 1 of a share.
     """
     known = [value for value in values if value is not None] + list(include)
     low, high = limits or (min(known, default=0.0), max(known, default=1.0))
     if high - low < 1e-9:
         room = max(0.1 * abs(low), 0.05)
         low, high = low - room, high + room
+    low = low if least is None else max(low, least)
     step = nice_step((high - low) / ticks)
     if limits is None:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+        low = low if least is None else max(low, least)
         high = high if most is None else min(high, most)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)

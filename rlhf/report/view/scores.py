@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from markupsafe import Markup
+
 from rlhf.report.view.blocks import Block, Column, Figure, Note, Section, Table, cell
 from rlhf.report.view.charts import Panel
 from rlhf.report.view.common import AXIS_COLOURS, SERIES, ramp, sentence, strength_name
@@ -131,13 +133,16 @@ def _calibration(rows: Ref) -> Iterator[Block]:
                 marks,
             )
         )
-    yield Figure(
-        "reliability",
-        "Reliability of the newest models",
-        panels,
-        "On the diagonal a probability is a frequency. Points below it: too sure. Bins hold "
-        "equally many comparisons.",
+    errors = Markup(", ").join(
+        Markup("{} {}").format(panel.title, number(row["ece"], "f3"))
+        for panel, row in zip(panels, rows.where(round=newest), strict=True)
     )
+    note = sentence(
+        "On the diagonal a probability is a frequency. Points below it: too sure. Bins hold "
+        "equally many comparisons. Expected calibration error: {errors}.",
+        errors=errors,
+    )
+    yield Figure("reliability", "Reliability of the newest models", panels, note)
     columns = [
         Column("round"),
         Column("axis", numeric=False),
@@ -155,7 +160,7 @@ def _calibration(rows: Ref) -> Iterator[Block]:
         ]
         for row in rows
     ]
-    yield Table("ece", "Expected calibration error", columns, table)
+    yield Table("ece", "Expected calibration error of every round", columns, table, open=False)
 
 
 def _gate(gates: Ref, detection: Ref) -> Iterator[Block]:
@@ -251,9 +256,9 @@ def _conflicts(conflicts: Ref) -> Block:
             panels.append(Panel(group.value["name"], x, y, [*rules, dots]))
     corners = conflicts["corners"]
     note = sentence(
-        "Of {n} responses ({drawn} drawn), {safe} are in the upper quarter of safety and the lower "
-        "of helpfulness (upper left corner), {unsafe} the other way round (lower right). If the two "
-        "models were independent, either corner would hold {expected}. Correlation {r}.",
+        "Of {n} responses ({drawn} drawn), {safe} lie in the upper quarter of safety and the lower "
+        "of helpfulness (upper left corner), {unsafe} the other way round (lower right). Were the "
+        "two models independent, either corner would hold {expected}. Correlation {r}.",
         n=number(conflicts["n"], "d"),
         drawn=number(conflicts["drawn"], "d"),
         safe=number(corners["safe_unhelpful"], "d"),

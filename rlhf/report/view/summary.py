@@ -7,14 +7,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf.report.view.blocks import Block, Column, Note, Section, Table, cell
+from rlhf.report.view.blocks import Block, Column, Folded, Note, Section, Table, cell
 from rlhf.report.view.common import badge, words
 from rlhf.report.view.refs import Ref, interval, number, text
 
 LEAD = "The state of the run and what deserves a look, worst first; each line leads to its section."
 
-SHOWN = 5
-"""Findings that are shown at once."""
+SHOWN = 3
+"""Findings that are shown at once; the others are a click away."""
 
 
 def section(report: Ref) -> Section:
@@ -53,13 +53,14 @@ def _last_win_rate(evaluations: Ref) -> Iterator[Markup]:
         )
 
 
-def _findings(report: Ref) -> Iterator[Note]:
+def _findings(report: Ref) -> Iterator[Block]:
     findings = report["summary"]["findings"]
     if not findings:
         if report["evaluations"]:
             yield Note("Nothing stands out: no rule of this report raised a finding.", "quiet")
         return
-    for position, finding in enumerate(findings):
+    notes = []
+    for finding in findings:
         values = Markup(", ").join(
             Markup("{} {}").format(value.value["label"], number(_at(report, value["at"]), "g"))
             for value in finding["values"]
@@ -71,7 +72,10 @@ def _findings(report: Ref) -> Iterator[Note]:
             Markup(": {}").format(values) if values else "",
             number(finding["round"], "d"),
         )
-        yield Note(body, "finding" if position < SHOWN else "finding more")
+        notes.append(Note(body, "finding"))
+    yield from notes[:SHOWN]
+    if len(notes) > SHOWN:
+        yield Folded("more-findings", "Further findings", notes[SHOWN:])
 
 
 def _at(report: Ref, place: Ref) -> Ref:
