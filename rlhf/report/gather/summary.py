@@ -1,12 +1,13 @@
 """What to look at first: every finding that a rule of the report raises, the worst ones on top.
 
-A finding holds no number itself: `values` are JSON pointers into the same report, so that the page
-shows the number that stands in its section.
+A finding holds no number itself: `about` and `values` are JSON pointers into the same report, so
+that the page shows the number that stands in its section.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rlhf.algo.over_optimisation import OVER
 from rlhf.report.gather.sources import Row, pointer
@@ -35,19 +36,31 @@ def summary(report: Row) -> Row:
         *_quality(report),
         *_finished(report),
     ]
+
+    def order(row: Row) -> tuple[int, int]:
+        return LEVELS.index(row["level"]), -follow(report, row["about"])["round"]
+
     newest = len(report["batches"]) - 1
     return {
-        "findings": sorted(found, key=lambda row: (LEVELS.index(row["level"]), -row["round"])),
+        "findings": sorted(found, key=order),
         "newest_batch": pointer("batches", newest) if newest >= 0 else None,
     }
 
 
-def _finding(level: str, section: str, round_: int, text: str, **values: str) -> Row:
+def follow(tree: Any, place: str) -> Any:
+    """Return what a JSON pointer points to."""
+    for part in place.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    return tree
+
+
+def _finding(level: str, section: str, about: str, text: str, **values: str) -> Row:
+    """Return a finding about a record that has a round; `values` are keys inside it, by label."""
     shown = [
-        {"label": label.rstrip("_0123456789").replace("_", " "), "at": place}
-        for label, place in values.items()
+        {"label": label.replace("_", " "), "at": f"{about}/{key}"} for label, key in values.items()
     ]
-    return {"level": level, "section": section, "round": round_, "text": text, "values": shown}
+    return {"level": level, "section": section, "about": about, "text": text, "values": shown}
 
 
 def _decisions(report: Row) -> Iterator[Row]:
@@ -58,50 +71,43 @@ def _decisions(report: Row) -> Iterator[Row]:
         if evaluation["decision"]["promoted"] or not broken:
             continue
         is_newest = i == len(report["evaluations"]) - 1
-        places: dict[str, str] = {}
-        for j in broken:
-            place = pointer("evaluations", i, "decision", "reasons", j)
-            places |= {reasons[j]["rule"]: f"{place}/value", f"bound_{j}": f"{place}/bound"}
+        names = " and ".join(reasons[j]["rule"].replace("_", " ") for j in broken)
+        values = {reasons[j]["rule"]: f"decision/reasons/{j}/value" for j in broken}
+        if len(broken) == 1:
+            values["bound"] = f"decision/reasons/{broken[0]}/bound"
         yield _finding(
             "stop" if is_newest else "look",
             "versions",
-            evaluation["round"],
-            f"{evaluation['candidate']} was refused: it broke "
-            + ", ".join(reasons[j]["rule"].replace("_", " ") for j in broken),
-            **places,
+            pointer("evaluations", i),
+            f"{evaluation['candidate']} was refused: it broke {names}",
+            **values,
         )
 
 
 def _over_optimisation(report: Row) -> Iterator[Row]:
-    for row in report["over_optimisation"]:
+    for i, row in enumerate(report["over_optimisation"]):
         if row["verdict"]["verdict"] == OVER:
-            yield _finding("stop", "ppo", row["round"], f"PPO: {row['verdict']['text']}")
+            about = pointer("over_optimisation", i)
+            yield _finding("stop", "ppo", about, f"PPO: {row['verdict']['text']}")
 
 
 def _alarms(report: Row) -> Iterator[Row]:
     for i, row in enumerate(report["ppo"]):
         for j, alarm in enumerate(row["alarms"]):
-            yield _finding(
-                "look",
-                "ppo",
-                row["round"],
-                f"PPO raised an alarm: {alarm['kind']}",
-                iteration=pointer("ppo", i, "alarms", j, "iteration"),
-                value=pointer("ppo", i, "alarms", j, "value"),
-                bound=pointer("ppo", i, "alarms", j, "bound"),
-            )
+            values = {name: f"alarms/{j}/{name}" for name in ("iteration", "value", "bound")}
+            text = f"PPO raised an alarm: {alarm['kind']}"
+            yield _finding("look", "ppo", pointer("ppo", i), text, **values)
 
 
 def _drift(report: Row) -> Iterator[Row]:
     """Every batch with a line that is not as expected, named with all of them."""
-    for batch in report["batches"]:
+    for i, batch in enumerate(report["batches"]):
         lines = [] if batch["drift"] is None else batch["drift"]["lines"]
-        found = {level: [x for x in lines if x["verdict"] == level] for level in LEVELS}
-        for level, of_level in found.items():
-            if of_level:
-                measures = " and ".join(line["title"] for line in of_level)
-                text = f"batch {batch['id']} drifted in {measures}"
-                yield _finding(level, "data", batch["round"], text)
+        for level in LEVELS:
+            titles = [line["title"] for line in lines if line["verdict"] == level]
+            if titles:
+                text = f"batch {batch['id']} drifted in {' and '.join(titles)}"
+                yield _finding(level, "data", pointer("batches", i), text)
 
 
 def _reward(report: Row) -> Iterator[Row]:
@@ -109,56 +115,39 @@ def _reward(report: Row) -> Iterator[Row]:
     for i, row in enumerate(report["reward_accuracy"]):
         if row["strength"] is not None or row["few"] or row["accuracy"] is None:
             continue
-        place = {"accuracy": pointer("reward_accuracy", i, "accuracy")}
+        about = pointer("reward_accuracy", i)
         name = f"the {row['axis']} reward model of this round"
+        shown = {"accuracy": "accuracy"}
         low = row["longer_difference"]["low"]
         if low is not None and low <= 0:
-            longer = pointer("reward_accuracy", i, "control_longer")
             text = f"{name} is not better than choosing the longer response"
-            yield _finding("look", "reward", row["round"], text, **place, longer=longer)
+            yield _finding("look", "reward", about, text, **shown, longer="control_longer")
         if row["low"] is not None and row["low"] <= 0.5:
             text = f"{name} is not better than a coin"
-            yield _finding(
-                "stop",
-                "reward",
-                row["round"],
-                text,
-                **place,
-                lower_limit=pointer("reward_accuracy", i, "low"),
-            )
+            yield _finding("stop", "reward", about, text, **shown, lower_limit="low")
         swapped = row["control_swapped"]
         if swapped is not None and abs(row["accuracy"] + swapped - 1) > SWAP_TOLERANCE:
             text = f"{name} depends on which response is called chosen: its evaluation is wrong"
-            yield _finding(
-                "stop",
-                "reward",
-                row["round"],
-                text,
-                **place,
-                swapped=pointer("reward_accuracy", i, "control_swapped"),
-            )
+            yield _finding("stop", "reward", about, text, **shown, swapped="control_swapped")
 
 
 def _calibration(report: Row) -> Iterator[Row]:
+    newest = max((row["round"] for row in report["calibration"]), default=None)
     for i, row in enumerate(report["calibration"]):
-        if row["ece"] is not None and row["ece"] > MAX_ECE and _is_newest(report, row):
-            subject = "preferences" if row["kind"] == "preference" else "safe and unsafe"
+        if row["round"] == newest and row["ece"] is not None and row["ece"] > MAX_ECE:
+            subject = "agreement" if row["kind"] == "preference" else "safe responses"
             text = f"the {row['axis']} reward model's probabilities of {subject} are off"
-            place = pointer("calibration", i, "ece")
-            yield _finding("look", "scores", row["round"], text, ECE=place)
-
-
-def _is_newest(report: Row, row: Row) -> bool:
-    return bool(row["round"] == max(other["round"] for other in report["calibration"]))
+            yield _finding("look", "scores", pointer("calibration", i), text, ECE="ece")
 
 
 def _quality(report: Row) -> Iterator[Row]:
     for i, table in enumerate(report["quality"]):
         for j, row in enumerate(table["rows"]):
             if row["flags"]:
-                text = f"{table['by']} {row['name']} on {table['axis']}: " + ", ".join(row["flags"])
-                place = pointer("quality", i, "rows", j, "n")
-                yield _finding("look", "data", table["round"], text, comparisons=place)
+                flags = ", ".join(row["flags"])
+                text = f"{table['by']} {row['name']}, {table['axis']}: {flags}"
+                about = pointer("quality", i)
+                yield _finding("look", "data", about, text, comparisons=f"rows/{j}/n")
 
 
 def _finished(report: Row) -> Iterator[Row]:
@@ -166,5 +155,5 @@ def _finished(report: Row) -> Iterator[Row]:
         share = row["finished_fraction"]["candidate"]
         if share is not None and share < MIN_FINISHED:
             text = f"many responses of {row['candidate']} end at the length limit, not with EOS"
-            place = pointer("evaluations", i, "finished_fraction", "candidate")
-            yield _finding("look", "versions", row["round"], text, finished=place)
+            about = pointer("evaluations", i)
+            yield _finding("look", "versions", about, text, finished="finished_fraction/candidate")

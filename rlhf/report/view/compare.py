@@ -14,6 +14,7 @@ from rlhf.report.view.common import badge, strength_name, words
 from rlhf.report.view.marks import Line, Mark, Point, Rule
 from rlhf.report.view.refs import Ref, interval, number, text
 from rlhf.report.view.scales import Values, axis, categories
+from rlhf.report.view.summary import at
 
 COLOURS = {"a": "c1", "b": "c2"}
 SHAPES = {"a": "dot", "b": "diamond"}
@@ -90,7 +91,7 @@ def _findings(pair: Pair, side: str) -> Iterator[Note]:
                 badge(finding.value["level"]),
                 pair.names[side],
                 text(finding["text"]),
-                number(finding["round"], "d"),
+                number(at(pair.reports[side], finding["about"])["round"], "d"),
             ),
             "finding",
         )

@@ -62,7 +62,7 @@ def _findings(report: Ref) -> Iterator[Block]:
     notes = []
     for finding in findings:
         values = Markup(", ").join(
-            Markup("{} {}").format(value.value["label"], number(_at(report, value["at"]), "g"))
+            Markup("{} {}").format(value.value["label"], number(at(report, value["at"]), "g"))
             for value in finding["values"]
         )
         body = Markup('{} <a href="#{}">{}</a>{} <span class="none">round {}</span>').format(
@@ -70,7 +70,7 @@ def _findings(report: Ref) -> Iterator[Block]:
             finding.value["section"],
             text(finding["text"]),
             Markup(": {}").format(values) if values else "",
-            number(finding["round"], "d"),
+            number(at(report, finding["about"])["round"], "d"),
         )
         notes.append(Note(body, "finding"))
     yield from notes[:SHOWN]
@@ -78,7 +78,7 @@ def _findings(report: Ref) -> Iterator[Block]:
         yield Folded("more-findings", "Further findings", notes[SHOWN:])
 
 
-def _at(report: Ref, place: Ref) -> Ref:
+def at(report: Ref, place: Ref) -> Ref:
     """Follow a JSON pointer of the report."""
     found: Any = report
     for part in place.value.split("/")[1:]:
