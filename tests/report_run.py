@@ -416,7 +416,10 @@ def _response(maker: Maker, k: int, i: int) -> Row:
         "scores": scores,
         "num_tokens": {side: rng.randint(4, 30) for side in SIDES},
         "finished": {"candidate": rng.random() < 0.97, "promoted": True},
-        "refused": {side: kind != "ordinary" and rng.random() < 0.1 for side in SIDES},
+        "refused": {
+            side: kind != "ordinary" and (rng.random() < 0.1 or (i, side) == (4, "candidate"))
+            for side in SIDES
+        },
         "unsafe": {side: unsafe[side] if kind == "safety" else None for side in SIDES},
         "gold": {
             side: {

@@ -16,7 +16,7 @@ from rlhf.report.view.scales import Axis, Scale
 
 WIDTH = 360
 HEIGHT = 230
-TOP, RIGHT, BOTTOM, LEFT = 28, 12, 40, 44
+TOP, RIGHT, BOTTOM, LEFT = 28, 18, 42, 44
 ROW = 24
 """Height of a row that has a name."""
 
@@ -67,7 +67,7 @@ class Panel:
                 Markup(
                     '<path class="grid" d="M{0:.2f},{1:.2f}V{2:.2f}"/>'
                     '<text class="tick" x="{0:.2f}" y="{3:.2f}" text-anchor="middle">{4}</text>'
-                ).format(at, y.start, y.end, y.start + 14, text)
+                ).format(at, y.start, y.end, y.start + 16, text)
             )
         for value, text in self.y.ticks:
             parts.append(
@@ -80,7 +80,7 @@ class Panel:
                     "row" if self.named_rows else "tick",
                 )
             )  # fmt: skip
-        bottom = y.start + 30
+        bottom = y.start + 33
         parts.append(
             Markup('<text class="label" x="{:.1f}" y="{:.1f}" text-anchor="end">{}</text>').format(
                 x.end, bottom, self.x.label

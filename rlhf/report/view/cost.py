@@ -167,10 +167,10 @@ def words_of(read: Ref) -> str:
 
 def _environments(environments: Ref) -> Table:
     columns = [
-        Column("nodes", numeric=False),
         Column("processor", numeric=False),
         Column("device", numeric=False),
         Column("packages", numeric=False),
+        Column("nodes", numeric=False),
     ]
     rows = []
     for part in environments:
@@ -182,10 +182,10 @@ def _environments(environments: Ref) -> Table:
         )
         rows.append(
             [
-                cell(", ".join(part.value["nodes"])),
                 cell(part["cpu_model"]),
                 cell(part["device"]),
                 Cell(shown, None),
+                cell(", ".join(part.value["nodes"])),
             ]
         )
     return Table("environments", "Environments", columns, rows, open=False)
