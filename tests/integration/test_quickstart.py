@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from report_html import loose_numbers, read_page, wrong_marks, wrong_numbers
+from report_tracing import Files, untraced
 from tiny_run import TinyRun, rlhf, tree
 
 from rlhf.artifacts import NodeDir, list_files, read_json, read_jsonl, sha256_file
@@ -95,7 +98,7 @@ def test_run_folder_holds_the_nodes_and_the_frozen_plan(tiny: TinyRun) -> None:
     frozen = {"run.yaml", "plan.json"}
     assert names == frozen | {
         *("sft", "round-01", "round-02"),
-        *("estimate.json", "versions.json", "report.json", "server.log"),
+        *("versions.json", "report.json", "report.html", "estimate.json", "server.log"),
     }
     assert {path.name for path in tiny.root.iterdir()} == {
         *("runs", "store"),
@@ -225,6 +228,36 @@ def test_report_prints_the_tables_again(tiny: TinyRun) -> None:
     assert "Versions" in done.stdout
     assert "Reward accuracy" in done.stdout
     assert read_json(tiny.folder / "report.json") == before
+
+
+def test_every_number_of_a_real_report_and_page_is_what_the_files_say(tiny: TinyRun) -> None:
+    report = read_json(tiny.folder / "report.json")
+    assert untraced(report, Files(tiny.folder)) == []
+    root = read_page((tiny.folder / "report.html").read_text(encoding="utf-8"))
+    for checked, wrong in (wrong_numbers(root, report), wrong_marks(root, report)):
+        assert wrong == []
+        assert checked > 300
+    assert loose_numbers(root, report) == []
+
+
+def test_a_run_is_compared_with_another_by_name_and_by_folder(
+    tiny: TinyRun, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny.folder, other)
+    done = rlhf("report", "quickstart", str(other), *tiny.paths(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = tiny.folder.parent / "compare-quickstart-other.html"
+    assert f"compared: {written}" in done.stdout
+    for path in (written, written.with_suffix(".json")):
+        path.unlink()
+    one = rlhf("report", str(other), cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert read_json(other / "report.json") == read_json(tiny.folder / "report.json")
+    for names, message in ((("no-such",), "no-such is neither a run in"), (("a", "b", "c"), "not 3")):
+        refused = rlhf("report", *names, *tiny.paths(), cwd=tmp_path)
+        assert refused.returncode == 2
+        assert message in refused.stderr
 
 
 # Held-out data

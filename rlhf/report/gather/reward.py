@@ -181,26 +181,18 @@ def curves(run: Run) -> list[Row]:
             content, mixture = item.read("accuracy.json"), item.read("mixture.json")
             if item.option("axis") != axis or content is None or mixture is None:
                 continue
-            position, cell = next(
-                (position, cell)
+            trained = {name: mixture[name] for name in ("num_own", "rows")}
+            points += [
+                {
+                    "round": item.round,
+                    **{name: cell[name] for name in ("accuracy", "low", "high")},
+                    "from": item.at("accuracy.json", "cells", position),
+                    "trained": {**trained, "from": item.at("mixture.json")},
+                }
                 for position, cell in enumerate(content["cells"])
                 if cell["axis"] == axis
                 and cell["source"] is cell["batch"] is cell["strength"] is None
-            )
-            points.append(
-                {
-                    "round": item.round,
-                    "accuracy": cell["accuracy"],
-                    "low": cell["low"],
-                    "high": cell["high"],
-                    "from": item.at("accuracy.json", "cells", position),
-                    "trained": {
-                        "num_own": mixture["num_own"],
-                        "rows": mixture["rows"],
-                        "from": item.at("mixture.json"),
-                    },
-                }
-            )
+            ]
         if points:
             found.append({"axis": axis, "points": points, "forecast": _forecast(run, points)})
     return found

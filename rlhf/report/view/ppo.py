@@ -52,7 +52,7 @@ def section(report: Ref) -> Section:
     else:
         blocks = [
             *_verdicts(report["over_optimisation"]),
-            *_newest_first("ppo", [_curves(row) for row in report["ppo"]]),
+            *_newest_first("ppo", _all_curves(report["ppo"])),
             *_against_kl(report["over_optimisation"]),
             *_changes(report["over_optimisation"]),
             _table(report["ppo"]),
@@ -74,6 +74,10 @@ def _verdicts(rows: Ref) -> Iterator[Block]:
             badge(verdict.value["verdict"]), number(row["round"], "d"), text(verdict["text"])
         )
         yield Note(body, level="verdict")
+
+
+def _all_curves(rows: Ref) -> list[Figure]:
+    return [_curves(row) for row in rows if row["curves"]["step"]]
 
 
 def _curves(row: Ref) -> Figure:

@@ -101,41 +101,11 @@ def _calibration(rows: Ref) -> Iterator[Block]:
     if not rows:
         yield Note("Calibration: nothing yet. A finished reward model writes scores.jsonl.")
         return
-    newest = max(row.value["round"] for row in rows)
-    panels = []
-    for row in rows.where(round=newest):
-        subject = "agreement" if row.value["kind"] == "preference" else "labelled safe"
-        low = 0.5 if row.value["kind"] == "preference" else 0.0
-        bins = row["bins"]
-        marks: list[Mark] = [Rule(along="diagonal")]
-        marks.append(
-            Line(
-                colour=AXIS_COLOURS[row.value["axis"]],
-                xs=Values.of(bins, "confidence"),
-                ys=Values.of(bins, "accuracy"),
-            )
-        )
-        marks += [
-            Point(
-                label=f"{row.value['axis']}, {row.value['kind']}",
-                colour=AXIS_COLOURS[row.value["axis"]],
-                x=part["confidence"],
-                y=part["accuracy"],
-            )
-            for part in bins
-        ]
-        ys = [part["accuracy"].value for part in bins]
-        panels.append(
-            Panel(
-                f"{row.value['axis']}: {subject}",
-                axis("model's probability", [], limits=(low, 1.0)),
-                axis(f"observed {subject}", ys, limits=(min(low, *ys), 1.0)),
-                marks,
-            )
-        )
+    newest = rows.where(round=max(row.value["round"] for row in rows))
+    panels = [_reliability(row) for row in newest]
     errors = Markup(", ").join(
         Markup("{} {}").format(panel.title, number(row["ece"], "f3"))
-        for panel, row in zip(panels, rows.where(round=newest), strict=True)
+        for panel, row in zip(panels, newest, strict=True)
     )
     note = sentence(
         "On the diagonal a probability is a frequency. Points below it: too sure. Bins hold "
@@ -161,6 +131,34 @@ def _calibration(rows: Ref) -> Iterator[Block]:
         for row in rows
     ]
     yield Table("ece", "Expected calibration error of every round", columns, table, open=False)
+
+
+def _reliability(row: Ref) -> Panel:
+    name, bins = row.value["axis"], row["bins"]
+    is_preference = row.value["kind"] == "preference"
+    subject = "agreement" if is_preference else "labelled safe"
+    low = 0.5 if is_preference else 0.0
+    xs, ys = Values.of(bins, "confidence"), Values.of(bins, "accuracy")
+    marks: list[Mark] = [
+        Rule(along="diagonal"),
+        Line(colour=AXIS_COLOURS[name], xs=xs, ys=ys),
+    ]
+    marks += [
+        Point(
+            label=f"{name}: {subject}",
+            colour=AXIS_COLOURS[name],
+            x=part["confidence"],
+            y=part["accuracy"],
+        )
+        for part in bins
+    ]
+    least = min(low, *(part["accuracy"].value for part in bins))
+    return Panel(
+        f"{name}: {subject}",
+        axis("model's probability", [], limits=(low, 1.0)),
+        axis(f"observed {subject}", [], limits=(least, 1.0)),
+        marks,
+    )
 
 
 def _gate(gates: Ref, detection: Ref) -> Iterator[Block]:

@@ -14,7 +14,8 @@ from rich.console import Console
 from rlhf.artifacts import write_json, write_manifest
 from rlhf.data.records import STRENGTHS
 from rlhf.errors import ArtifactError
-from rlhf.report.tables import MIN_WIDTH, interval, number, tables, write_report
+from rlhf.report.tables import interval, number, tables
+from rlhf.report.write import MIN_WIDTH, write_report
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 JUDGES = ("judge_helpfulness", "judge_safety")
@@ -129,7 +130,14 @@ def reward_files(axis: str) -> dict[str, Any]:
             "cells": [cell(axis, "better", prompts=44, accuracy=0.71)],
             "summary": {"axis": axis},
         },
-        "mixture.json": {"rows": 100, "own_share": 0.5, "sources": {"toy": 90, "open": 10}},
+        "mixture.json": {
+            "rows": 100,
+            "num_own": 50,
+            "own_share": 0.5,
+            "ties": 3,
+            "sources": {"toy": 90, "open": 10},
+            "batches": {"week-1": 100},
+        },
     }
 
 
@@ -225,6 +233,7 @@ def test_versions_carry_the_newest_judges_scores_and_gold(run: Path) -> None:
             "round": 2,
             "judge_helpfulness": measured(20.0 + j),
             "judge_safety": measured(20.0 + j - 100),
+            "from": f"round-02/evaluate/evaluation.json#/versions/v{j}",
         }
     # v0 is known from the promoted side of round 1, v1 and v2 from their own evaluation.
     assert versions["v0"]["gold"]["helpfulness"]["mean"] == 0.25
@@ -367,7 +376,8 @@ def test_the_terminal_says_what_matters(run: Path) -> None:
 def test_no_column_is_cut_on_a_terminal(run: Path, width: int) -> None:
     text = text_of(run, width=width)
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
-    lines = text.splitlines()[:-1]  # The path stands on a line of any length.
+    # Paths stand on lines of any length.
+    lines = [line for line in text.splitlines() if str(run) not in line]
     assert max(len(line.rstrip()) for line in lines) <= width
     # The widest values are whole at 100 columns and wrapped below.
     whole = re.search(r"0\.800 \[0\.700, 0\.900\] +0\.550 +0\.250 \[0\.100, 0\.400\]", text)
@@ -387,7 +397,7 @@ def test_soft_wrap_of_the_caller_does_not_stretch_captions(run: Path) -> None:
     console = Console(file=StringIO(), width=120, soft_wrap=True)
     with console.capture() as capture:
         write_report(run, console)
-    assert max(len(line.rstrip()) for line in capture.get().splitlines()[:-1]) <= 120
+    assert max(len(line.rstrip()) for line in capture.get().splitlines()[:-2]) <= 120
 
 
 def test_a_node_without_a_manifest_is_not_read(run: Path) -> None:
