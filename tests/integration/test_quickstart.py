@@ -254,7 +254,10 @@ def test_a_run_is_compared_with_another_by_name_and_by_folder(
     one = rlhf("report", str(other), cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     assert read_json(other / "report.json") == read_json(tiny.folder / "report.json")
-    for names, message in ((("no-such",), "no-such is neither a run in"), (("a", "b", "c"), "not 3")):
+    for names, message in (
+        (("no-such",), "no-such is neither a run in"),
+        (("a", "b", "c"), "not 3"),
+    ):
         refused = rlhf("report", *names, *tiny.paths(), cwd=tmp_path)
         assert refused.returncode == 2
         assert message in refused.stderr

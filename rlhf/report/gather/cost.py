@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.artifacts import read_json
+from rlhf.report.cost import ESTIMATE, used
 from rlhf.report.gather.sources import Done, Row, Run, at
 
-ESTIMATE = "estimate.json"
 NODE_FIELDS = (
     "wall_seconds",
     "peak_memory_mb",
@@ -23,7 +23,6 @@ NODE_FIELDS = (
 """What the report keeps of a manifest, where it has it."""
 
 SUMMED = ("device_hours", "kwh", "co2_kg")
-SECONDS_PER_HOUR = 3600.0
 
 
 def nodes(run: Run) -> list[Row]:
@@ -47,23 +46,10 @@ def _node(item: Done, estimate: Row | None) -> Row:
         "stage": item.stage,
         "round": item.round,
         **kept,
-        "used": _used(item),
+        "used": {**used(item.manifest), "from": item.at("manifest.json"), "how": "used"},
         "reads": reads,
         "estimate": estimate,
         "from": item.at("manifest.json"),
-    }
-
-
-def _used(item: Done) -> Row:
-    """Return what the node took, in the units of the estimate; None where it was not recorded."""
-    seconds = item.manifest.get("device_seconds")
-    energy = item.manifest.get("energy") or {}
-    return {
-        "device_hours": None if seconds is None else seconds / SECONDS_PER_HOUR,
-        "kwh": energy.get("kwh"),
-        "co2_kg": energy.get("co2_kg"),
-        "from": item.at("manifest.json"),
-        "how": "used",
     }
 
 

@@ -345,13 +345,7 @@ def _buckets(row: Ref, name: str) -> Panel:
         )
     )
     marks += [
-        Point(
-            label=f"{part.value['n']} prompts",
-            colour=AXIS_COLOURS[name],
-            x=part["low_tokens"],
-            y=part["gain"],
-        )
-        for part in buckets
+        Point(colour=AXIS_COLOURS[name], x=part["low_tokens"], y=part["gain"]) for part in buckets
     ]
     xs = [part["low_tokens"].value for part in buckets]
     y = axis("gain", [part["gain"].value for part in buckets], include=(0.0,))

@@ -254,8 +254,8 @@ def _winners(selections: Sequence[Ref], id: str) -> Iterator[Figure]:
             "Where winners come from",
             panels,
             "Winners by the rank of their length among the samples of their prompt, and by the "
-            "order in which samples were drawn. A slope in the first is a taste for length; the "
-            "second has to be flat.",
+            "order in which samples were drawn. All weight at the longest is a taste for length; "
+            "the second falls only where samples are equal, because the first of them wins.",
         )
 
 
