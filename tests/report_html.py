@@ -181,6 +181,7 @@ def strings(tree: Any) -> Iterator[str]:
     if isinstance(tree, str):
         yield tree
         yield tree.removeprefix("round-")
+        yield tree.replace("_", " ")
         yield tree.partition("#")[0]
     elif isinstance(tree, dict):
         for key, value in tree.items():

@@ -319,15 +319,18 @@ def conflicts(record: Row, files: Files) -> Row:
         for axis, values in (("helpfulness", h), ("safety", s))
     }
     centred = h - h.mean(), s - s.mean()
+    # Of more than 2,000 every second, third, ... is drawn.
+    every = next(k for k in range(1, len(points) + 1) if len(points) <= 2000 * k)
+    kept = [point for i, point in enumerate(points) if i % every == 0]
     groups = []
     for group in record["groups"]:
         wanted = {"labelled safe": True, "labelled unsafe": False}.get(group["name"])
-        of_group = [p for p in points if p[2] is wanted]
+        of_group = [p for p in kept if p[2] is wanted]
         groups.append({"helpfulness": [p[0] for p in of_group], "safety": [p[1] for p in of_group]})
     low, high = limits["helpfulness"]["low"], limits["helpfulness"]["high"]
     return {
         "n": len(points),
-        "drawn": len(points),
+        "drawn": len(kept),
         "limits": limits,
         "corners": {
             "safe_unhelpful": int(((s >= limits["safety"]["high"]) & (h <= low)).sum()),
@@ -392,19 +395,19 @@ def quality(record: Row, files: Files) -> Row:
 
 def used(record: Row, files: Files) -> Row:
     manifest = files.at(record["from"])
-    energy = manifest["energy"]
-    hours = manifest["device_seconds"] / 60 / 60
-    return {"device_hours": hours, "kwh": energy["kwh"], "co2_kg": energy["co2_kg"]}
+    energy, seconds = manifest.get("energy") or {}, manifest.get("device_seconds")
+    hours = None if seconds is None else seconds / 60 / 60
+    return {"device_hours": hours, "kwh": energy.get("kwh"), "co2_kg": energy.get("co2_kg")}
 
 
 def total(record: Row, files: Files) -> Row:
     manifests = [files.at(source) for source in record["from"]]
-    return {
-        "wall_seconds": math.fsum(m["wall_seconds"] for m in manifests),
-        "device_hours": math.fsum(m["device_seconds"] for m in manifests) / 3600,
-        "kwh": math.fsum(m["energy"]["kwh"] for m in manifests),
-        "co2_kg": math.fsum(m["energy"]["co2_kg"] for m in manifests),
+    parts = [used({"from": source}, files) for source in record["from"]]
+    whole = {
+        name: None if None in (found := [part[name] for part in parts]) else math.fsum(found)
+        for name in ("device_hours", "kwh", "co2_kg")
     }
+    return {"wall_seconds": math.fsum(m["wall_seconds"] for m in manifests), **whole}
 
 
 RECOMPUTE: dict[str, Callable[[Row, Files], Any]] = {

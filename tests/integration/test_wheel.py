@@ -60,6 +60,11 @@ def test_wheel_ships_the_package_configurations_and_jobs_and_no_tests(installed:
     assert shipped(package / "_jobs") == shipped(ROOT / "jobs")
     sources = {str(path.relative_to(package)) for path in package.rglob("*.py")}
     assert sources == {str(path.relative_to(ROOT / "rlhf")) for path in ROOT.glob("rlhf/**/*.py")}
+    files = ("templates/page.html", "templates/page.css", "templates/page.js", "report.schema.json")
+    for name in files:
+        assert (package / "report" / name).read_bytes() == (
+            ROOT / "rlhf" / "report" / name
+        ).read_bytes()
     tops = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
     assert tops == {"rlhf", "bin"}
     [licence] = installed.glob("rlhf-*.dist-info/licenses/LICENSE")

@@ -43,9 +43,9 @@ MAX_POINTS = 2000
 def round_edges(values: Sequence[float], *, smallest: int) -> list[float]:
     """Return evenly spaced edges around all values, with a step of 1, 2 or 5 times a power of 10.
 
-    About 1.5 bins per root of the smallest group's size, so that its bins hold something.
+    At most 2.5 bins per root of the smallest group's size, so that its bins hold something.
     """
-    bins = max(8, min(HISTOGRAM_BINS, round(1.5 * math.sqrt(smallest))))
+    bins = max(12, min(HISTOGRAM_BINS, round(2.5 * math.sqrt(smallest))))
     low, high = min(values), max(values)
     rough = max((high - low) / bins, 1e-3)
     power = 10.0 ** math.floor(math.log10(rough))

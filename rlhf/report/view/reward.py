@@ -17,7 +17,7 @@ from rlhf.report.view.scales import Values, axis, categories, whole
 LEAD = (
     "How often each reward model prefers the response that annotators chose, on held-out "
     "comparisons. Healthy: accuracy rises with strength, its interval lies clear of "
-    "“longer wins”, the swapped control mirrors it (the two add up to one), and accuracy "
+    "\u201clonger wins\u201d, the swapped control mirrors it (the two add up to one), and accuracy "
     "on arrival is not far below accuracy after training."
 )
 
@@ -47,9 +47,9 @@ def _by_strength(rows: Ref) -> Figure:
         if own:
             panels.append(_dot_panel(name, own))
     note = (
-        "Bars are intervals clustered by prompt. The upright stroke is the accuracy of “the "
-        "longer response wins”, the cross that of the pass with both responses exchanged, both "
-        "for the newest round."
+        "Bars are intervals clustered by prompt. The upright stroke is the accuracy of \u201cthe "
+        "longer response wins\u201d, the cross that of the pass with both responses exchanged, "
+        "both for the newest round."
     )
     return Figure("accuracy-by-strength", "Held-out accuracy by strength", panels, note)
 
@@ -289,9 +289,9 @@ def _table(report: Ref) -> Table:
         COLUMNS,
         rows,
         Markup(
-            "n leaves ties out. “minus longer” is accuracy minus “longer wins” with "
-            "a paired interval; where a cell holds few prompts it is shown in grey and compared "
-            "with nothing."
+            "n leaves ties out. \u201cminus longer\u201d is accuracy minus \u201clonger "
+            "wins\u201d with a paired interval; where a cell holds few prompts it is shown in grey "
+            "and compared with nothing."
         ),
     )
 

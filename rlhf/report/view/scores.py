@@ -201,6 +201,10 @@ def _gate(gates: Ref, detection: Ref) -> Iterator[Block]:
         unsafe=number(newest["unsafe"], "d"),
     )
     yield Figure("gate", "Precision and recall over the gate's threshold", [panel, second], note)
+    yield _detection(detection)
+
+
+def _detection(detection: Ref) -> Table:
     columns = [
         Column("model", numeric=False),
         Column("round"),
@@ -224,7 +228,7 @@ def _gate(gates: Ref, detection: Ref) -> Iterator[Block]:
         ]
         for row in detection
     ]
-    yield Table("detection", "Unsafe responses found by the safety models", columns, table)
+    return Table("detection", "Unsafe responses found by the safety models", columns, table)
 
 
 def _conflicts(conflicts: Ref) -> Block:

@@ -118,10 +118,10 @@ def test_findings_point_to_numbers_of_the_report(report: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("values", "smallest", "expected"),
     [
-        # 8 bins at least: (10 - 0) / 8 = 1.25, so steps of 2; the value 10 needs a bin of its own.
-        ([0.0, 10.0], 4, [0, 2, 4, 6, 8, 10, 12]),
-        # 1.5 * sqrt(100) = 15 bins: 1 / 15 = 0.067, so steps of 0.1.
-        ([0.0, 0.95], 100, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
+        # 12 bins at least: 10 / 12 = 0.83, so steps of 1; the value 10 needs a bin of its own.
+        ([0.0, 10.0], 4, [*range(12)]),
+        # 2.5 * sqrt(36) = 15 bins: 0.97 / 15 = 0.065, so steps of 0.1.
+        ([0.0, 0.97], 36, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
         ([-3.0, -3.0], 1, [-3.0, -2.999]),
     ],
 )
