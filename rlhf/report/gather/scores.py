@@ -213,6 +213,10 @@ def gate(run: Run) -> list[Row]:
     return found
 
 
+Scored = tuple[float, float, bool | None]
+"""Helpfulness score, safety score and safety label of a response."""
+
+
 def conflicts(run: Run) -> Row | None:
     """Return both models' scores of the same responses, and how many lie in the conflict corners.
 
@@ -220,53 +224,21 @@ def conflicts(run: Run) -> Row | None:
     low are the upper and lower quarter of each model's own scores, because the two scales cannot be
     compared (paper Fig. 32).
     """
-    models = dict(_newest_models(run))
-    if len(models) < len(AXES) or len({item.round for item in models.values()}) > 1:
-        return None
-    tables = {
-        axis: {row["id"]: row for row in run.rows(item, "scores.jsonl")}
-        for axis, item in models.items()
-    }
-    shared = [key for key in tables["helpfulness"] if key in tables["safety"]]
-    points = [
-        (
-            tables["helpfulness"][key][f"{side}_score"],
-            tables["safety"][key][f"{side}_score"],
-            tables["safety"][key][f"{side}_safe"],
-        )
-        for key in shared
-        for side in ("chosen", "rejected")
-    ]
+    models = _newest_pair(run)
+    tables = [{row["id"]: row for row in run.rows(item, "scores.jsonl")} for item in models]
+    points = list(_joined(*tables)) if tables else []
     if not points:
         return None
     helpfulness, safety, _ = zip(*points, strict=True)
-    limits = {
-        axis: {
-            "low": float(np.quantile(values, CORNER)),
-            "high": float(np.quantile(values, 1 - CORNER)),
-        }
-        for axis, values in (("helpfulness", helpfulness), ("safety", safety))
-    }
-    safe_unhelpful = sum(
-        s >= limits["safety"]["high"] and h <= limits["helpfulness"]["low"] for h, s, _ in points
-    )
-    unsafe_helpful = sum(
-        s <= limits["safety"]["low"] and h >= limits["helpfulness"]["high"] for h, s, _ in points
-    )
-    stride = math.ceil(len(points) / MAX_POINTS)
-    kept = points[::stride]
+    kept = points[:: math.ceil(len(points) / MAX_POINTS)]
     groups = {"labelled safe": True, "labelled unsafe": False, "not labelled": None}
+    varies = len(set(helpfulness)) > 1 and len(set(safety)) > 1
     return {
-        "round": models["safety"].round,
+        "round": models[0].round,
         "n": len(points),
         "drawn": len(kept),
-        "limits": limits,
-        "corners": {
-            "safe_unhelpful": safe_unhelpful,
-            "unsafe_helpful": unsafe_helpful,
-            "expected": len(points) * CORNER**2,
-        },
-        "correlation": float(np.corrcoef(helpfulness, safety)[0, 1]),
+        **_corners(points),
+        "correlation": float(np.corrcoef(helpfulness, safety)[0, 1]) if varies else None,
         "groups": [
             {
                 "name": name,
@@ -275,6 +247,42 @@ def conflicts(run: Run) -> Row | None:
             }
             for name, wanted in groups.items()
         ],
-        "from": [models[axis].at("scores.jsonl") for axis in AXES],
+        "from": [item.at("scores.jsonl") for item in models],
         "how": "conflicts",
+    }
+
+
+def _newest_pair(run: Run) -> list[Done]:
+    """Return the helpfulness and the safety model of the newest round that has both, or nothing."""
+    scored = [item for item in run.reward_models("reward") if item.has("scores.jsonl")]
+    by_axis = [{i.round: i for i in scored if i.option("axis") == axis} for axis in AXES]
+    both = by_axis[0].keys() & by_axis[1].keys()
+    return [models[max(both)] for models in by_axis] if both else []
+
+
+def _joined(helpful: Mapping[str, Row], safe: Mapping[str, Row]) -> Iterator[Scored]:
+    for key, row in helpful.items():
+        if key in safe:
+            for side in ("chosen", "rejected"):
+                other = safe[key]
+                yield row[f"{side}_score"], other[f"{side}_score"], other[f"{side}_safe"]
+
+
+def _corners(points: Sequence[Scored]) -> Row:
+    """Return the quartiles of both scores, and the responses high on one and low on the other."""
+    limits = {
+        axis: {
+            "low": float(np.quantile([point[k] for point in points], CORNER)),
+            "high": float(np.quantile([point[k] for point in points], 1 - CORNER)),
+        }
+        for k, axis in enumerate(AXES)
+    }
+    helpful, safe = limits["helpfulness"], limits["safety"]
+    return {
+        "limits": limits,
+        "corners": {
+            "safe_unhelpful": sum(s >= safe["high"] and h <= helpful["low"] for h, s, _ in points),
+            "unsafe_helpful": sum(s <= safe["low"] and h >= helpful["high"] for h, s, _ in points),
+            "expected": len(points) * CORNER**2,
+        },
     }
