@@ -167,7 +167,7 @@ def accuracy(record: Row, files: Files) -> Row:
         "gap": mean([row["chosen_score"] - row["rejected_score"] for row in graded]),
         "control_longer": mean(longer),
         "longer_difference": {
-            "mean": mean(right) - mean(longer),
+            "mean": mean(right) - mean(longer) if right else None,
             "low": difference.low,
             "high": difference.high,
             "n": len(graded),
@@ -180,8 +180,8 @@ def won(first: float, second: float) -> float:
     return 0.5 if first == second else float(first > second)
 
 
-def mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+def mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def forecast(record: Row, files: Files) -> Row:
