@@ -146,7 +146,9 @@ def loose_numbers(root: Node, report: Any) -> list[str]:
     Names that the report holds (versions, batches, nodes) may stand in a sentence; ticks, titles of
     points and options of filters are checked elsewhere.
     """
-    names = sorted({text for text in strings(report) if re.search(r"\d", text)}, key=len)[::-1]
+    # A string that is a bare number is no name: it would hide any number.
+    named = {s for s in strings(report) if re.search(r"\d", s) and re.search("[A-Za-z]", s)}
+    names = sorted(named, key=len, reverse=True)
     rounds = {str(item["round"]) for item in of_reports(report, "batches")}
     temperatures = {
         f"{row['temperature']:g}"
@@ -186,6 +188,7 @@ def strings(tree: Any) -> Iterator[str]:
     elif isinstance(tree, dict):
         for key, value in tree.items():
             yield key
+            yield key.replace("_", " ")
             yield from strings(value)
     elif isinstance(tree, list):
         for value in tree:

@@ -169,6 +169,26 @@ def _store(maker: Maker) -> None:
             heldout_share=0.2,
             heldout_salt="rlhf",
         )
+    _withdraw(maker)
+
+
+def _withdraw(maker: Maker) -> None:
+    """Write a withdrawal of two rows, as the store keeps it."""
+    stone = {
+        "sequence": maker.rounds + 1,
+        "what": "withdrawal",
+        "kind": "",
+        "of": "",
+        "by": "",
+        "brought": "",
+        "reason": f"consent withdrawn {HOSTILE}",
+        "time": "2026-01-02T03:04:05+00:00",
+        "file": {},
+        "num_rows": 2,
+        "rows": {"batch": {"week-1": ["w1-0", "w1-1"]}},
+        "digest": "ab" * 32,
+    }
+    write_json(maker.root / "store" / STREAM / "tombstones" / "00006.json", stone)
 
 
 def _comparison(maker: Maker, k: int, i: int, share: float) -> Row:

@@ -61,6 +61,7 @@ def gather(run_dir: Path, *, store: Path | None = None) -> Row:
         "temperature": run.artifacts("sweep", "temperature.json"),
         "ppo": training.ppo(run),
         "batches": data.batches(run),
+        "corrections": data.corrections(run),
         "quality": data.quality(run),
         "nodes": nodes,
         "environments": cost.environments(run),

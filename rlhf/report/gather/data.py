@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf.artifacts import read_json
 from rlhf.data.arrival import Arrival
 from rlhf.data.drift import drift_report
 from rlhf.data.quality import quality_report
 from rlhf.data.records import AXES
-from rlhf.report.gather.sources import Row, Run
+from rlhf.report.gather.sources import STORE, Row, Run
 
 PROFILE = "profile.json"
+WITHDRAWALS = "tombstones"
+CORRECTION = "tombstone.json"
+"""Where the store keeps rows that no longer count."""
 
 
 def batches(run: Run) -> list[Row]:
@@ -90,6 +94,21 @@ def _arrivals(run: Run, round_: int) -> Iterator[tuple[Arrival, list[str]]]:
             level=run.settings["evaluate"]["level"],
         )
         yield arrival, [now.at("accuracy_before.json"), before.at("accuracy.json")]
+
+
+def corrections(run: Run) -> list[Row]:
+    """Return the stream's withdrawals and corrections in their order, without the row ids."""
+    stream = run.stream_folder
+    if stream is None:
+        return []
+    paths = [*stream.glob(f"{WITHDRAWALS}/*.json"), *stream.glob(f"batches/*/{CORRECTION}")]
+    names = ("sequence", "what", "kind", "of", "by", "reason", "time", "num_rows")
+    found = []
+    for path in paths:
+        tree = read_json(path)
+        kept = {name: tree[name] for name in names}
+        found.append({**kept, "from": f"{STORE}{path.relative_to(stream.parent)}#"})
+    return sorted(found, key=lambda row: row["sequence"])
 
 
 def quality(run: Run) -> list[Row]:

@@ -140,18 +140,21 @@ class Run:
             if content is not None
         ]
 
-    def batch_folder(self, batch: str) -> Path | None:
-        """Return where the store keeps a batch of this run's stream, or None."""
+    @property
+    def stream_folder(self) -> Path | None:
+        """Where the store keeps the run's stream, or None where it is not there."""
         if self.settings is None:
             return None
         store = self.store or Path(self.settings["paths"]["store"])
-        folder = store / self.settings["data"]["stream"] / "batches" / batch
+        folder = store / self.settings["data"]["stream"]
         return folder if folder.is_dir() else None
 
     def batch_file(self, batch: str, file: str) -> Any:
         """Return a JSON file that the store keeps for a batch, or None."""
-        folder = self.batch_folder(batch)
-        return read_json(folder / file) if folder and (folder / file).exists() else None
+        if self.stream_folder is None:
+            return None
+        path = self.stream_folder / "batches" / batch / file
+        return read_json(path) if path.exists() else None
 
     def batch_at(self, batch: str, file: str, *parts: str | int) -> str:
         """Return the `from` of a value in a file of a batch."""

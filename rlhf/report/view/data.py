@@ -42,7 +42,12 @@ def section(report: Ref) -> Section:
             Note("The store is not there: give the folder of the run's batches as paths.store=...")
         ]
     else:
-        blocks = [_mix(batches), _counts(batches), *_drift(report["batches"])]
+        blocks = [
+            _mix(batches),
+            _counts(batches),
+            *_corrections(report["corrections"]),
+            *_drift(report["batches"]),
+        ]
     return Section(
         "data", "Data", LEAD, [*blocks, *_quality(report["quality"]), *_mixtures(report)]
     )
@@ -105,6 +110,33 @@ def _counts(batches: list[Ref]) -> Table:
     ]
     note = "Kinds of refusal and exclusion are listed where a batch has any."
     return Table("ingest", "What ingest counted", columns, rows, note)
+
+
+def _corrections(rows: Ref) -> Iterator[Block]:
+    if not rows:
+        yield Note("Nothing of this stream was withdrawn or corrected.", "quiet")
+        return
+    columns = [
+        Column("what", numeric=False),
+        Column("rows"),
+        Column("of", numeric=False),
+        Column("by", numeric=False),
+        Column("reason", numeric=False),
+        Column("when", numeric=False),
+    ]
+    table = [
+        [
+            cell(row["what"]),
+            cell(row["num_rows"], "d"),
+            cell(row["of"]),
+            cell(row["by"]),
+            cell(row["reason"]),
+            cell(row["time"]),
+        ]
+        for row in rows
+    ]
+    note = "Nodes that were done before keep them; later rounds leave them out."
+    yield Table("corrections", "Withdrawals and corrections", columns, table, note)
 
 
 def _drift(batches: Ref) -> Iterator[Block]:
