@@ -135,10 +135,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A complete checkpoint: its folder, its step and the state its stage put there.
-
-    `log_sizes` holds the bytes of each log when it was written.
-    """
+    """A complete checkpoint: its step, its stage's state and the bytes of each log at that time."""
 
     path: Path
     step: int

@@ -39,6 +39,8 @@ class Command:
     positionals: tuple[str, ...] = ()
     repeated: bool = False
     optional: bool = False
+    unless: str = ""
+    """A setting that takes the place of the positionals."""
     extra: dict[str, str] = field(default_factory=dict)
     needs_run: bool = True
 
@@ -60,7 +62,13 @@ COMMANDS = {
     "stage": Command("run one node of a run's frozen plan", ("NODE",)),
     "plan": Command("print nodes, inputs, state and expected cost"),
     "status": Command("print where each node stands", extra={"verify": "false"}),
-    "ingest": Command("validate files and add them to the store", ("FILE",), True, needs_run=False),
+    "ingest": Command(
+        "validate files and add them to the store; ingest.retract=IDS withdraws rows",
+        ("FILE",),
+        repeated=True,
+        unless="ingest.retract",
+        needs_run=False,
+    ),
     "drift": Command(
         "tell what changed in batches, or in files not ingested yet",
         ("BATCH|FILE",),
@@ -171,7 +179,9 @@ def parse(arguments: Sequence[str]) -> Call:
             raise ConfigError(f"{text} is not key=value: write rlhf {name} {_usage(command)}")
         is_value = text in ("--cfg", "-c", "--package", "-p", "--info", "-i")
     wants_help = any(text in ("--help", "-h", "--hydra-help", "--cfg", "-c") for text in overrides)
-    if len(positionals) < room and not wants_help and not command.optional:
+    is_replaced = any(text.partition("=")[0] == command.unless for text in overrides)
+    is_missing = len(positionals) < room and not command.optional and not is_replaced
+    if is_missing and not wants_help:
         missing = " ".join(command.positionals[len(positionals) :])
         raise ConfigError(f"{missing} is missing: write rlhf {name} {_usage(command)}")
     return Call(name, tuple(positionals), extra, tuple(overrides))

@@ -16,6 +16,7 @@ from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
 from rlhf.cost.estimate import estimate
 from rlhf.cost.show import estimate_table
+from rlhf.data.corrections import withdraw
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
@@ -244,23 +245,30 @@ def ingest(config: Config, *files: str) -> int:
         return 0
     out = console()
     for file in files:
-        store = Store(Path(config.paths.store), settings.stream)
-        ingested = ingest_file(
-            Path(file),
-            store,
-            kind=kind,
-            id=settings.id,
-            on_bad_row=settings.on_bad_row,
-            axis=settings.axis,
-            heldout_share=config.data.heldout_share,
-            heldout_salt=config.data.heldout_salt,
-            max_chars=settings.max_chars,
-            is_safety_default=config.data.is_safety_default,
-        )
-        console().print(ingested.message, markup=False)
-        if ingested.added and ingested.kind is Kind.batch:
+        with show_work(out) as progress:
+            ingested = ingest_file(
+                Path(file),
+                store,
+                kind=kind,
+                id=settings.id,
+                on_bad_row=settings.on_bad_row,
+                axis=settings.axis,
+                heldout_share=config.data.heldout_share,
+                heldout_salt=config.data.heldout_salt,
+                max_chars=settings.max_chars,
+                is_safety_default=config.data.is_safety_default,
+                repeats=RepeatRules.of(settings),
+                supersedes=settings.supersedes,
+                reason=settings.reason,
+                progress=progress,
+            )
+        out.print(ingested.message, markup=False)
+        if settings.supersedes is not None and ingested.added:
+            stone = next(s for s in store.tombstones() if s.by == ingested.id)
+            show_usage(config, store, stone, out)
+        elif ingested.added and ingested.kind is Kind.batch:
             line = datacheck.batch_headline(config, store, ingested.id)
-            console().print(line, markup=False, highlight=False)
+            out.print(line, markup=False, highlight=False)
     return 0
 
 

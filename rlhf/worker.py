@@ -179,6 +179,8 @@ def work(
         with Tracker(config, name, folder) if processes.is_main else nullcontext() as tracker:
             directory.metrics.mirror = tracker.log if tracker else None
             importlib.import_module(stages[node.stage]).run(context)
+            # Every process's reading is written before the first one adds them up.
+            meter.stop()
             processes.wait("end of the stage")
         if not processes.is_main:
             return

@@ -72,6 +72,7 @@ __all__ = [
     "Collect",
     "Compute",
     "Config",
+    "Contradictions",
     "Cost",
     "CriticInit",
     "Data",

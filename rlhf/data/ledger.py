@@ -3,7 +3,9 @@
 <root>/<stream>/stream.json                          held-out share and salt, fixed by the first
 <root>/<stream>/<batches|open|sft|prompts>/<id>/     rows.parquet refused.jsonl excluded.jsonl
                                                      profile.json (batches) manifest.json,
-                                                     renamed into place as one
+                                                     renamed into place as one; tombstone.json
+                                                     too where it is a correction
+<root>/<stream>/tombstones/<number>.json             withdrawn rows
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from rlhf.artifacts import (
     write_json,
     write_jsonl,
 )
-from rlhf.data.keys import Keys, Record
 from rlhf.data.profile import write_profile
 from rlhf.data.records import Comparison, Conversation, Kind, Prompt
 from rlhf.data.tombstones import FILE, FOLDER, Tombstone, dead_ids, read_tombstone

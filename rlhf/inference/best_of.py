@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf.artifacts import read_json
 from rlhf.config import Sampling
-from rlhf.data.ledger import Store
+from rlhf.data.corrections import open_rows
 from rlhf.data.records import AXES, Prompt
 from rlhf.inference.generation import fitting, scoring_length
 from rlhf.inference.generators import check_generator, open_generator

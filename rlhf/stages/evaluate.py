@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -132,7 +131,7 @@ def _version_name(context: NodeContext, side: str) -> str:
 
 def _stored_prompts(context: NodeContext) -> list[Prompt]:
     """Return the held-out prompts of all sets."""
-    store = Store(Path(context.config.paths.store), context.config.data.stream)
+    store = open_rows(context)
     sets = [store.prompts(item.id) for item in context.inputs.of_kind("prompts")]
     return [prompt for rows in sets for prompt in rows if prompt.heldout]
 

@@ -15,6 +15,7 @@ LAYERS = {
     3: ("stages",),
     4: (
         "compose",
+        "datacheck",
         "cost",
         "fingerprint",
         "lease",

@@ -1,6 +1,7 @@
 import math
 import random
 import statistics
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rlhf.algo.intervals import (
     _t_quantile,
     clustered_bootstrap,
     clustered_mean,
+    effective_size,
     interval_json,
     paired_clustered_bootstrap,
     proportion_interval,
@@ -381,3 +383,10 @@ def test_clustered_mean_covers(level):
 def test_an_interval_in_json_has_no_nan():
     found = interval_json(clustered_mean([1, 2], "aa"), 2)
     assert found == {"mean": 1.5, "low": None, "high": None, "n": 2}
+
+
+@pytest.mark.parametrize(("successes", "n"), [(7, 10), (0, 12), (12, 12), (333.5, 1000), (50, 100)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_an_interval_tells_its_size(successes: float, n: float, level: float) -> None:
+    interval = wilson(successes, n, NormalDist().inv_cdf(0.5 + level / 2))
+    assert effective_size(interval, level=level) == pytest.approx(n)

@@ -104,7 +104,8 @@ def test_records_come_back_exactly(tmp_path: Path, store: Store) -> None:
 def test_files_of_a_batch_and_its_manifest(tmp_path: Path, store: Store) -> None:
     report = add(batch(tmp_path, "w1"), store)
     folder = store.folder / "batches" / "w1"
-    names = [*("excluded.jsonl", "manifest.json", "profile.json", "refused.jsonl", "rows.parquet")]
+    names = ["contradictions.jsonl", "excluded.jsonl", "manifest.json", "near_duplicates.jsonl"]
+    names += ["profile.json", "refused.jsonl", "rows.parquet", "sketches.parquet"]
     assert sorted(p.name for p in folder.iterdir()) == names
     manifest = store.manifest(Kind.batch, "w1")
     assert store.digest(Kind.batch, "w1") == manifest["digest"] == report.digest
