@@ -260,7 +260,8 @@ def show_quality(report: Mapping[str, Any], out: Console) -> None:
         table.add_row(escape(row["name"]), str(row["n"]), str(row["prompts"]), *cells, ties, *rates)
     out.print(table)
     if not report["rows"]:
-        out.print(f"no comparison names its {report['by']}")
+        hint = "" if report["by"] == "source" else "; by=source compares the vendors"
+        out.print(f"no comparison names its {report['by']}{hint}")
         return
     flagged = [(row["name"], flag) for row in report["rows"] for flag in row["flags"]]
     for name, flag in flagged:

@@ -73,7 +73,7 @@ class Aspect:
     shown: str = ""
     """The one category whose share is the line's value; "" for a whole mix."""
     told: str = ""
-    """What a sentence calls that category."""
+    """What a sentence calls that category; "" where the title does."""
     of: str = "the comparisons"
 
 
@@ -85,8 +85,8 @@ ASPECTS = (
     Aspect("prompt_length", "prompt length", ordered=True),
     Aspect("response_length", "response length", ordered=True),
     Aspect("safety_bins", "safety labels (chosen/rejected)", of="the safety comparisons"),
-    Aspect("new_prompts", "new prompts", shown="new", told="new prompts"),
-    Aspect("ties", "ties", shown="tie", told="ties"),
+    Aspect("new_prompts", "new prompts", shown="new"),
+    Aspect("ties", "ties", shown="tie"),
     Aspect(
         "longer",
         "length preference",
@@ -258,7 +258,8 @@ def _told(aspect: Aspect, now: Measure, before: Measure) -> str:
     if aspect.ordered:
         return f"median {earlier:.0f} -> {value:.0f} characters"
     if aspect.shown:
-        return f"{aspect.told} {percent(earlier)} -> {percent(value)} of {aspect.of}"
+        shares = f"{percent(earlier)} -> {percent(value)} of {aspect.of}"
+        return f"{aspect.told} {shares}".lstrip()
     changes = {name: round(value.get(name, 0.0) - earlier.get(name, 0.0), 6) for name in now.names}
     names = sorted(changes, key=lambda name: (-abs(changes[name]), -changes[name], name))
     parts = []
