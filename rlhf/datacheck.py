@@ -28,6 +28,7 @@ from rlhf.data.profile import Profile, read_profile
 from rlhf.data.quality import BY, quality_report
 from rlhf.data.records import AXES, STRENGTHS, Kind
 from rlhf.data.rows import verdict_rows
+from rlhf.data.tombstones import FOLDER as TOMBSTONES
 from rlhf.errors import ConfigError, DataError
 from rlhf.plan import Plan
 from rlhf.runner import read_plan
@@ -164,15 +165,18 @@ def _profile(source: Source, name: str, known: Sequence[str], *, history: bool) 
 
 
 def _lend(source: Store, scratch: Store) -> None:
-    """Link a stream's batches into a scratch store, so that ingest sees what came before."""
+    """Link a stream's batches into a scratch store, so that ingest sees what came before.
+
+    Corrections and withdrawals come along: rows that they took away are nobody's original.
+    """
     folder = source.folder / FOLDERS[Kind.batch]
     target = scratch.folder / FOLDERS[Kind.batch]
     target.mkdir(parents=True)
-    for id in source.ids(Kind.batch):
+    for id in source.entries(Kind.batch):
         (target / id).symlink_to((folder / id).resolve(), target_is_directory=True)
-    split = source.folder / "stream.json"
-    if split.exists():
-        (scratch.folder / split.name).symlink_to(split.resolve())
+    for name in ("stream.json", TOMBSTONES):
+        if (source.folder / name).exists():
+            (scratch.folder / name).symlink_to((source.folder / name).resolve())
 
 
 def show_drift(reports: Sequence[Mapping[str, Any]], out: Console) -> None:

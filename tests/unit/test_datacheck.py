@@ -136,6 +136,17 @@ def test_rows_that_repeat_the_store_are_left_out_unless_a_side_is_named(
     assert report["rows"] == 400
 
 
+def test_withdrawn_rows_are_nobodys_original(weeks: dict[str, Rows], here: Path) -> None:
+    """Rows that a vendor took back and delivers anew under other ids are new rows."""
+    ingest("w1", "w2")
+    taken_back = weeks["w1"][:60]
+    write(here / "again.jsonl", renamed(taken_back, seed=0))
+    assert cli.main(["drift", "again.jsonl"]) == 2
+    (here / "ids.txt").write_text("".join(f"{row['id']}\n" for row in taken_back))
+    assert cli.main(["ingest", "ingest.retract=ids.txt"]) == 0
+    assert cli.main(["drift", "again.jsonl"]) == 0
+
+
 def test_halves_of_a_file_are_compared_with_each_other(
     weeks: dict[str, Rows], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
