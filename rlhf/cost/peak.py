@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +13,11 @@ GPUS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A10": 125e12, "L4": 121
 """Dense bf16 (V100: fp16) peak by name, as the data sheets give it."""
 DRIVER = Path("/proc/driver/nvidia/gpus")
 GEMM_SIZE = 384
-GEMM_REPEATS = 3
+SMALL_GEMM_SIZE = 96
+"""So small that NumPy's library stays on one thread: its threads wait for each other, which on a
+busy machine makes them slower than one. It reaches four fifths of a large product's rate."""
+GEMM_SECONDS = 0.05
+"""Time for repeats, of which the fastest counts."""
 
 
 def is_gpu(config: Config, stage: str) -> bool:
@@ -44,28 +47,18 @@ def expected_peak(config: Config, stage: str) -> tuple[float, str]:
                     return peak, f"data sheet of {name}"
         return GPUS["A100"], "data sheet of an A100, for want of a known GPU"
     threads = config.compute.num_threads
-    measured = numpy_peak() * threads / numpy_threads()
     plural = "s" if threads > 1 else ""
-    return measured, f"a matrix product here, for {threads} thread{plural}"
-
-
-def numpy_threads() -> int:
-    """Return how many threads NumPy's matrix product uses in this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        if os.environ.get(name, "").isdecimal():
-            return max(1, min(int(os.environ[name]), cores or 1))
-    return cores or 1
+    return numpy_peak() * threads, f"a matrix product here, for {threads} thread{plural}"
 
 
 @cache
 def numpy_peak() -> float:
-    """Return the FLOP/s of a short float32 matrix product on all threads that NumPy uses."""
+    """Return the FLOP/s of a small float32 matrix product on one thread."""
     import numpy as np
 
-    factor = np.ones((GEMM_SIZE, GEMM_SIZE), dtype=np.float32)
+    factor = np.ones((SMALL_GEMM_SIZE, SMALL_GEMM_SIZE), dtype=np.float32)
     out = np.empty_like(factor)
-    return best_rate(lambda: np.matmul(factor, factor, out=out), 2.0 * GEMM_SIZE**3)
+    return best_rate(lambda: np.matmul(factor, factor, out=out), 2.0 * SMALL_GEMM_SIZE**3)
 
 
 def torch_peak(config: Config) -> float:
@@ -95,11 +88,11 @@ def torch_peak(config: Config) -> float:
 
 
 def best_rate(work: Callable[[], object], flops: float) -> float:
-    """Return the FLOP/s of the fastest of some calls; the first one only warms up."""
+    """Return the FLOP/s of the fastest of the calls of GEMM_SECONDS; the first only warms up."""
     work()
-    seconds = []
-    for _ in range(GEMM_REPEATS):
+    fastest, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < GEMM_SECONDS:
         start = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - start)
-    return flops / min(seconds)
+        fastest = min(fastest, time.perf_counter() - start)
+    return flops / fastest
