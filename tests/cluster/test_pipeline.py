@@ -30,6 +30,7 @@ UNHARMED = {
     "round-01/judge-safety",
 }
 BEHIND = {
+    "round-01/sweep",
     "round-01/sample-0",
     "round-01/sample-1",
     "round-01/rejection",
