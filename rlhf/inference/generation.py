@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
@@ -27,8 +28,8 @@ from rlhf.errors import DataError
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Step of the SplitMix64 sequence."""
-UNITS = 2.0**44
-"""Units of probability in a whole; times the vocabulary still far below 2^63."""
+BLOCK = 256
+"""Tokens of the vocabulary whose probability is summed up together when one is drawn."""
 KEEP_SHARE = 0.75
 """Finished rows leave the batch once at most this share of it is still being written."""
 
@@ -71,6 +72,20 @@ class PolicyGenerator(Generator, Protocol):
         ...
 
 
+class Decoding(Protocol):
+    """The state between two tokens of b rows: what was read and written, and the next logits."""
+
+    device: torch.device
+    logits: Tensor
+    """[b, V]."""
+
+    def select(self, kept: Tensor) -> None:
+        """Go on with some rows only."""
+
+    def advance(self, tokens_b: Tensor) -> None:
+        """Write one token per row and compute the next logits."""
+
+
 def row_keys(keys: Sequence[str], num_samples: int) -> NDArray[np.uint64]:
     """Return a 64-bit key per prompt and sample, shape [prompts, num_samples]."""
     digests = [
@@ -98,15 +113,32 @@ def uniforms(row_keys_B: NDArray[np.uint64], num_tokens: int) -> NDArray[np.floa
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float) -> Tensor:
     """Draw one token a row from softmax(logits / temperature) by the inverse of its CDF, [B].
 
-    Probabilities are counted in units of 2^-44: sums of integers are exact in any order and on any
-    device. What is less likely than one unit is never drawn.
+    The inverse is looked up twice, among blocks of the vocabulary and inside one, so that only one
+    block is summed up token by token. The CDF is off by the rounding of a block's fp32 sum, 1e-7 of
+    it; a token of probability 0 is never drawn.
     """
-    probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
-    cdf_BV = (probabilities_BV * UNITS).long().cumsum(-1)
-    total_B = cdf_BV[:, -1]
-    # The product may round up to the total, behind which there is no token.
-    target_B = torch.minimum((uniforms_B * total_B).long(), total_B - 1)
-    return torch.searchsorted(cdf_BV, target_B.unsqueeze(1), right=True).squeeze(1)
+    scaled_BV = logits_BV.float() if temperature == 1.0 else logits_BV.float() / temperature
+    probabilities_BV = scaled_BV.softmax(-1)
+    missing = -probabilities_BV.shape[1] % BLOCK
+    padded_BV = F.pad(probabilities_BV, (0, missing)) if missing else probabilities_BV
+    blocks_BNW = padded_BV.unflatten(1, (-1, BLOCK))
+    cdf_BN = blocks_BNW.sum(-1).double().cumsum(-1)
+    target_B1 = (uniforms_B * cdf_BN[:, -1]).unsqueeze(1)
+    block_B1 = _first_above(cdf_BN, target_B1)
+    before_B1 = F.pad(cdf_BN, (1, 0)).gather(1, block_B1)
+    rows_B = torch.arange(len(target_B1), device=target_B1.device)
+    cdf_BW = blocks_BNW[rows_B, block_B1[:, 0]].double().cumsum(-1)
+    return (block_B1 * BLOCK + _first_above(cdf_BW, target_B1 - before_B1)).squeeze(1)
+
+
+def _first_above(cdf_BX: Tensor, target_B1: Tensor) -> Tensor:
+    """Return the first position whose sum exceeds the target, [B, 1].
+
+    Rounding may put a target at the end of the sum; then it is the last position that adds to it.
+    """
+    found_B1 = torch.searchsorted(cdf_BX, target_B1, right=True)
+    last_B1 = torch.searchsorted(cdf_BX, cdf_BX[:, -1:].contiguous())
+    return torch.minimum(found_B1, last_B1)
 
 
 def fitting(
@@ -206,15 +238,14 @@ class HfGenerator:
         """Return the response tokens of each row; rows are the prompts, each repeated."""
         num_rows, num_tokens = uniforms_BT.shape
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        state = _Decoding(self._model, prompt_ids, num_rows // len(prompt_ids), num_tokens, pad)
+        state = self._read(prompt_ids, num_rows // len(prompt_ids), num_tokens)
         numbers_BT = torch.from_numpy(uniforms_BT).to(state.device)
         written_BT = torch.full((num_rows, num_tokens), pad, device=state.device)
         rows_b = torch.arange(num_rows, device=state.device)
         alive_b = torch.ones_like(rows_b, dtype=torch.bool)
         for t in range(num_tokens):
-            logits_bV = state.logits.clone()
-            logits_bV[:, pad] = -torch.inf
-            tokens_b = sample_tokens(logits_bV, numbers_BT[rows_b, t], temperature=temperature)
+            state.logits[:, pad] = -torch.inf
+            tokens_b = sample_tokens(state.logits, numbers_BT[rows_b, t], temperature=temperature)
             written_BT[rows_b, t] = tokens_b
             alive_b &= tokens_b != eos
             num_alive = int(alive_b.sum())
@@ -227,9 +258,14 @@ class HfGenerator:
             state.advance(tokens_b)
         return [_until(row, eos, pad) for row in written_BT.tolist()]
 
+    def _read(self, prompt_ids: list[list[int]], repeats: int, num_tokens: int) -> Decoding:
+        """Read the prompts; their rows follow one another, `repeats` of each."""
+        pad = self._tokenizer.pad_token_id
+        return _HfDecoding(self._model, prompt_ids, repeats, num_tokens, pad)
 
-class _Decoding:
-    """The model's state between two tokens: cache, mask, positions and next logits [b, V]."""
+
+class _HfDecoding:
+    """Decoding by the model's own forward pass: a cache, left-padded prompts, a mask."""
 
     def __init__(
         self, model: Any, prompt_ids: list[list[int]], repeats: int, num_tokens: int, pad: int

@@ -1,0 +1,322 @@
+"""Decoding with a Llama-family model's weights alone: fused matrices, no padding, shared prompts.
+
+The same function as the model's own forward pass, written for many samples of few prompts. A prompt
+is read once, unpadded, and its keys and values serve all its samples; the keys and values of a
+response lie in room that is allocated once. Shapes: n prompts, P longest prompt, b rows (samples
+still being written), T response tokens, D width of a head, H query heads in Hkv groups of G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from rlhf.inference.generation import Decoding, HfGenerator, Weights
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+"""Architectures that are this computation, as long as no layer looks at a window only."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotations that do not depend on the length of the text."""
+KEEP_SHARE = 0.75
+"""Prompts without rows leave the shared keys once at most this share of them has rows."""
+
+
+def why_not(config: Any) -> str:
+    """Say why a model cannot be decoded here; "" if it can."""
+    if config.model_type not in MODEL_TYPES:
+        return f"model_type {config.model_type} is none of {', '.join(MODEL_TYPES)}"
+    if config.hidden_act != "silu":
+        return f"hidden_act {config.hidden_act} is not silu"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
+        return "its attention looks at a window only"
+    rope = config.rope_parameters["rope_type"]
+    return "" if rope in ROPE_TYPES else f"rope_type {rope} is none of {', '.join(ROPE_TYPES)}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: Tensor
+    qkv: _Linear
+    out: _Linear
+    mlp_norm: Tensor
+    gate_up: _Linear
+    down: _Linear
+
+
+class LlamaWeights:
+    """A model's weights as decoding wants them: queries, keys and values in one matrix, and so on.
+
+    A copy: changes of the model are seen by a new object only. Matrices take `dtype`; norms and the
+    residual stream stay fp32, as under autocast.
+    """
+
+    def __init__(self, config: Any, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+        self.num_heads = config.num_attention_heads
+        self.num_groups = config.num_key_value_heads
+        self.head_size = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        self.eps = config.rms_norm_eps
+        self.embedding = weights["model.embed_tokens.weight"].detach()
+        self.device = self.embedding.device
+        self.layers = [
+            self._layer(f"model.layers.{number}.") for number in range(config.num_hidden_layers)
+        ]
+        self.norm = weights["model.norm.weight"].detach().float()
+        tied = config.tie_word_embeddings
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        bias = weights.get("lm_head.bias")
+        self.head = _Linear(
+            weights[name].detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        )
+        self._rotary = LlamaRotaryEmbedding(config=config).to(self.device)
+        del self._weights
+
+    def rotations(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of every position, [positions, D / 2]."""
+        positions = torch.arange(num_positions, device=self.device).unsqueeze(0)
+        cos, sin = self._rotary(self.norm, positions)
+        half = self.head_size // 2
+        return cos[0, :, :half].float(), sin[0, :, :half].float()
+
+    def _layer(self, prefix: str) -> _Layer:
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        return _Layer(
+            attention_norm=self._weights[f"{prefix}input_layernorm.weight"].detach().float(),
+            qkv=self._linear(*(f"{attention}{name}_proj" for name in "qkv")),
+            out=self._linear(f"{attention}o_proj"),
+            mlp_norm=self._weights[f"{prefix}post_attention_layernorm.weight"].detach().float(),
+            gate_up=self._linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
+            down=self._linear(f"{mlp}down_proj"),
+        )
+
+    def _linear(self, *names: str) -> _Linear:
+        matrices = [self._weights[f"{name}.weight"].detach().to(self._dtype) for name in names]
+        biases = [self._weights.get(f"{name}.bias") for name in names]
+        bias = None
+        if all(found is not None for found in biases):
+            bias = torch.cat(
+                [found.detach().to(self._dtype) for found in biases if found is not None]
+            )
+        return _Linear(torch.cat(matrices) if len(matrices) > 1 else matrices[0], bias)
+
+
+class LlamaGenerator(HfGenerator):
+    """Decodes as `HfGenerator` does, on a copy of the weights; draws the same random numbers."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        weights: Weights,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(model, tokenizer, max_length=max_length)
+        self._dtype = dtype
+        self._weights = LlamaWeights(model.config, weights(), dtype=dtype)
+
+    def update_weights(self, model: Any, weights: Weights) -> None:
+        """Copy the weights anew."""
+        self._weights = LlamaWeights(model.config, weights(), dtype=self._dtype)
+
+    def _read(self, prompt_ids: list[list[int]], repeats: int, num_tokens: int) -> Decoding:
+        return LlamaDecoding(self._weights, prompt_ids, repeats=repeats, num_tokens=num_tokens)
+
+
+class LlamaDecoding:
+    """The state between two tokens: what was read and written so far, and the next logits [b, V].
+
+    Rows are the prompts, each `repeats` times; `num_tokens` bounds the responses.
+    """
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        repeats: int,
+        num_tokens: int,
+    ) -> None:
+        self._w = weights
+        self.device = weights.device
+        lengths = [len(ids) for ids in prompt_ids]
+        self._rotations = weights.rotations(max(lengths) + num_tokens)
+        self._lengths_n = torch.tensor(lengths, device=self.device)
+        self._prompt_b = torch.arange(len(lengths), device=self.device).repeat_interleave(repeats)
+        self._position_b = self._lengths_n[self._prompt_b]
+        self._written = 0
+        self._group_rows()
+        num_rows, size = len(self._prompt_b), weights.head_size
+        room = (num_rows, weights.num_groups, num_tokens, size)
+        dtype = weights.head.weight.dtype
+        self._own = [
+            (
+                torch.empty(room, device=self.device, dtype=dtype),
+                torch.empty(room, device=self.device, dtype=dtype),
+            )
+            for _ in weights.layers
+        ]
+        self._shared: list[tuple[Tensor, Tensor]] = []
+        self.logits = self._read(prompt_ids).repeat_interleave(repeats, 0)
+
+    def select(self, kept: Tensor) -> None:
+        """Go on with some rows only."""
+        self._prompt_b, self._position_b = self._prompt_b[kept], self._position_b[kept]
+        for number, pair in enumerate(self._own):
+            self._own[number] = (self._shrunk(pair[0], kept), self._shrunk(pair[1], kept))
+        left, self._prompt_b = self._prompt_b.unique(return_inverse=True)
+        if len(left) <= KEEP_SHARE * len(self._lengths_n):
+            self._lengths_n = self._lengths_n[left]
+            self._shared = [(keys[left], values[left]) for keys, values in self._shared]
+        else:
+            self._prompt_b = left[self._prompt_b]
+        self._group_rows()
+
+    def advance(self, tokens_b: Tensor) -> None:
+        """Write one token per row and compute the next logits."""
+        weights = self._w
+        x_bh = weights.embedding[tokens_b].float()
+        cos_bd, sin_bd = (table[self._position_b].unsqueeze(1) for table in self._rotations)
+        for layer, shared, own in zip(weights.layers, self._shared, self._own, strict=True):
+            q, k, v = self._project(layer, x_bh, cos_bd, sin_bd)
+            own[0][:, :, self._written] = k
+            own[1][:, :, self._written] = v
+            mixed = self._attend(q, shared, own)
+            x_bh = self._finish(layer, x_bh, mixed.flatten(1))
+        self._written += 1
+        self._position_b = self._position_b + 1
+        self.logits = self._head(x_bh)
+
+    def _read(self, prompt_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts, one behind the other; returns the logits behind each, [n, V]."""
+        weights, lengths = self._w, [len(ids) for ids in prompt_ids]
+        flat = torch.tensor([token for ids in prompt_ids for token in ids], device=self.device)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        x = weights.embedding[flat].float()
+        cos, sin = (table[positions].unsqueeze(1) for table in self._rotations)
+        for layer in weights.layers:
+            q, k, v = self._project(layer, x, cos, sin)
+            self._shared.append((_padded(k, lengths), _padded(v, lengths)))
+            mixed = torch.cat(
+                [
+                    _causal(*parts)
+                    for parts in zip(
+                        q.split(lengths), k.split(lengths), v.split(lengths), strict=True
+                    )
+                ]
+            )
+            x = self._finish(layer, x, mixed.flatten(1))
+        return self._head(x[self._lengths_n.cumsum(0) - 1])
+
+    def _project(
+        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries [rows, H, D], rotated keys and plain values [rows, Hkv, D]."""
+        weights = self._w
+        heads, groups = weights.num_heads, weights.num_groups
+        projected = layer.qkv(self._normed(x, layer.attention_norm))
+        qkv = projected.view(len(x), heads + 2 * groups, weights.head_size)
+        turned, values = qkv.split((heads + groups, groups), dim=1)
+        first, second = turned.chunk(2, -1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        q, k = rotated.to(values.dtype).split((heads, groups), dim=1)
+        return q, k, values
+
+    def _attend(
+        self, q: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attend to the prompt, which the rows of a prompt do together, and to the own response."""
+        weights = self._w
+        groups, size = weights.num_groups, weights.head_size
+        per_group = weights.num_heads // groups
+        q_bgGD = (q * size**-0.5).view(len(q), groups, per_group, size)
+        keys_n, values_n = shared
+        to_prompt = self._by_row(self._by_prompt(q_bgGD) @ keys_n.transpose(-1, -2), per_group)
+        to_prompt = to_prompt.masked_fill(self._hidden_bP, -torch.inf)
+        end = self._written + 1
+        to_own = q_bgGD @ own[0][:, :, :end].transpose(-1, -2)
+        scores = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+        on_prompt, on_own = scores.split((keys_n.shape[2], end), -1)
+        from_prompt = self._by_row(self._by_prompt(on_prompt) @ values_n, per_group)
+        return from_prompt + on_own @ own[1][:, :, :end]
+
+    def _finish(self, layer: _Layer, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + layer.out(mixed)
+        gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
+        return x + layer.down(F.silu(gate) * up)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return self._w.head(self._normed(x, self._w.norm)).float()
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self._w.eps)
+
+    def _group_rows(self) -> None:
+        """Give every row a place among its prompt's rows: prompts times `slots` places."""
+        num_prompts = len(self._lengths_n)
+        counts = torch.bincount(self._prompt_b, minlength=num_prompts)
+        self._slots = int(counts.max())
+        self._is_full = len(self._prompt_b) == num_prompts * self._slots
+        starts = counts.cumsum(0) - counts
+        rows = torch.arange(len(self._prompt_b), device=self.device)
+        self._place_b = self._prompt_b * self._slots + rows - starts[self._prompt_b]
+        columns = torch.arange(int(self._lengths_n.max()), device=self.device)
+        hidden_nP = columns >= self._lengths_n.unsqueeze(1)
+        self._hidden_bP = hidden_nP[self._prompt_b][:, None, None]
+
+    def _by_prompt(self, rows: Tensor) -> Tensor:
+        """Put the rows of a prompt side by side: [b, Hkv, G, *] to [n, Hkv, slots * G, *]."""
+        _, groups, per_group, width = rows.shape
+        places = rows
+        if not self._is_full:
+            places = rows.new_zeros(len(self._lengths_n) * self._slots, *rows.shape[1:])
+            places[self._place_b] = rows
+        folded = places.view(-1, self._slots, groups, per_group, width).transpose(1, 2)
+        return folded.reshape(-1, groups, self._slots * per_group, width)
+
+    def _by_row(self, folded: Tensor, per_group: int) -> Tensor:
+        """Undo `_by_prompt`."""
+        _, groups, _, width = folded.shape
+        unfolded = folded.view(-1, groups, self._slots, per_group, width).transpose(1, 2)
+        places = unfolded.reshape(-1, groups, per_group, width)
+        return places if self._is_full else places[self._place_b]
+
+    def _shrunk(self, room: Tensor, kept: Tensor) -> Tensor:
+        """Return room for the rows that stay, with what they wrote."""
+        smaller = room.new_empty(len(kept), *room.shape[1:])
+        smaller[:, :, : self._written] = room[kept, :, : self._written]
+        return smaller
+
+
+def _padded(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return [tokens, Hkv, D] as [n, Hkv, P, D], zeros behind each prompt."""
+    padded = rows.new_zeros(len(lengths), rows.shape[1], max(lengths), rows.shape[2])
+    for number, part in enumerate(rows.split(list(lengths))):
+        padded[number, :, : len(part)] = part.transpose(0, 1)
+    return padded
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend within one prompt: [P, H, D] and [P, Hkv, D] to [P, H, D]."""
+    q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return mixed[0].transpose(0, 1)
