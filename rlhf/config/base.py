@@ -143,8 +143,9 @@ class NearDuplicates(Enum):
 
 
 class Engine(Enum):
-    """What samples responses: transformers, vLLM beside the node, or a vLLM server."""
+    """What samples responses: own decoding, transformers, vLLM beside the node, or a server."""
 
+    fused = auto()
     hf = auto()
     vllm = auto()
     vllm_server = auto()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 
-from rlhf.config import Config, Engine
+from rlhf.config import Config, Engine, Precision
 from rlhf.errors import ConfigError
 from rlhf.inference.generation import HfGenerator, PolicyGenerator, Weights
+from rlhf.inference.llama import LlamaGenerator, why_not
+
+log = logging.getLogger(__name__)
 
 
 def check_generator(config: Config) -> None:
@@ -47,12 +51,25 @@ def open_generator(
 ) -> PolicyGenerator:
     """Return the configured generator with the weights of `model`, or those that `weights` gives.
 
-    transformers moves the model to the device and decodes with it. vLLM gets a copy of the weights
-    below `scratch`, which lies in paths.runs, and does not keep the model.
+    transformers moves the model to the device and decodes with it; fused decoding copies its
+    weights there. vLLM gets a copy of the weights below `scratch`, which lies in paths.runs, and
+    does not keep the model.
     """
     max_length, precision = config.model.max_length, config.model.precision
-    if config.generator.engine is Engine.hf:
-        return HfGenerator(model.to(device), tokenizer, max_length=max_length)
+    if config.generator.engine in (Engine.hf, Engine.fused):
+        model = model.to(device)
+        reason = why_not(model.config) if config.generator.engine is Engine.fused else ""
+        if reason:
+            log.warning("generator=fused cannot decode this model (%s): generator=hf does", reason)
+        if reason or config.generator.engine is Engine.hf:
+            return HfGenerator(model, tokenizer, max_length=max_length)
+        return LlamaGenerator(
+            model,
+            tokenizer,
+            max_length=max_length,
+            weights=weights or model.state_dict,
+            dtype=torch.bfloat16 if precision is Precision.bf16 else torch.float32,
+        )
     from rlhf.inference.vllm import Backend, VllmGenerator, publish
 
     folder = publish(model, weights or model.state_dict, parent=scratch, precision=precision)

@@ -80,7 +80,7 @@ class LlamaWeights:
             self._layer(f"model.layers.{number}.") for number in range(config.num_hidden_layers)
         ]
         self.norm = weights["model.norm.weight"].detach().float()
-        tied = config.tie_word_embeddings
+        tied = "lm_head.weight" not in weights
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         bias = weights.get("lm_head.bias")
         self.head = _Linear(
@@ -186,7 +186,8 @@ class LlamaDecoding:
         left, self._prompt_b = self._prompt_b.unique(return_inverse=True)
         if len(left) <= KEEP_SHARE * len(self._lengths_n):
             self._lengths_n = self._lengths_n[left]
-            self._shared = [(keys[left], values[left]) for keys, values in self._shared]
+            end = int(self._lengths_n.max())
+            self._shared = [(k[left, :, :end], v[left, :, :end]) for k, v in self._shared]
         else:
             self._prompt_b = left[self._prompt_b]
         self._group_rows()

@@ -1,5 +1,6 @@
 """The sampler's distribution, its keys, and decoding against a plain forward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from rlhf.inference.generation import (
     sample_tokens,
     uniforms,
 )
+from rlhf.inference.llama import LlamaGenerator
 from rlhf.toy.model import build_model, build_tokenizer
 
 PAD, EOS = 0, 1
+Generate = Callable[..., list[list[Response]]]
 TEXTS = ["is the apple red", "the cat", "a fish eats the bread and the apple", "the dog eats"]
 
 
@@ -51,14 +54,25 @@ def prompts(texts: list[str]) -> list[list[Any]]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def generate(
-    model: Any, tokenizer: Any, texts: list[str], num_samples: int = 1, **changes: Any
-) -> list[list[Response]]:
-    sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 12, "batch_size": 64, **changes})
-    generator = HfGenerator(model, tokenizer, max_length=128)
-    return generator.generate(
-        prompts(texts), num_samples=num_samples, sampling=sampling, keys=[f"7/{t}" for t in texts]
-    )
+@pytest.fixture(params=["hf", "fused"])
+def generate(request: pytest.FixtureRequest) -> Generate:
+    """Decode with one of the two generators: what a test says holds for both."""
+
+    def answer(
+        model: Any, tokenizer: Any, texts: list[str], num_samples: int = 1, **changes: Any
+    ) -> list[list[Response]]:
+        settings = {"temperature": 1.0, "max_new_tokens": 12, "batch_size": 64, **changes}
+        generator = HfGenerator(model, tokenizer, max_length=128)
+        if request.param == "fused":
+            generator = LlamaGenerator(
+                model, tokenizer, max_length=128, weights=model.state_dict, dtype=torch.float32
+            )
+        keys = [f"7/{text}" for text in texts]
+        return generator.generate(
+            prompts(texts), num_samples=num_samples, sampling=Sampling(**settings), keys=keys
+        )
+
+    return answer
 
 
 def test_draws_follow_the_softmax() -> None:
@@ -97,7 +111,9 @@ def test_uniforms_are_splitmix64() -> None:
     assert found.tolist()[0] == [(value >> 11) * 2.0**-53 for value in published]
 
 
-def test_greedy_equals_a_full_forward_pass_without_cache(model: Any, tokenizer: Any) -> None:
+def test_greedy_equals_a_full_forward_pass_without_cache(
+    model: Any, tokenizer: Any, generate: Generate
+) -> None:
     """At a temperature near 0 every token is the argmax given everything before it."""
     with torch.no_grad():
         model.lm_head.bias[EOS] = 0.0
@@ -113,7 +129,7 @@ def test_greedy_equals_a_full_forward_pass_without_cache(model: Any, tokenizer: 
             ids = [*ids, token]
 
 
-def test_a_sample_depends_on_its_key_alone(model: Any, tokenizer: Any) -> None:
+def test_a_sample_depends_on_its_key_alone(model: Any, tokenizer: Any, generate: Generate) -> None:
     """Not on order, neighbours, batch size, padding or how many samples are drawn."""
     together = generate(model, tokenizer, TEXTS, num_samples=3)
     reverse = generate(model, tokenizer, TEXTS[::-1], num_samples=3)[::-1]
@@ -128,13 +144,15 @@ def test_a_sample_depends_on_its_key_alone(model: Any, tokenizer: Any) -> None:
     assert len({tuple(response.token_ids) for row in together for response in row}) >= 10
 
 
-def test_responses_name_their_prompt_and_sample(model: Any, tokenizer: Any) -> None:
+def test_responses_name_their_prompt_and_sample(
+    model: Any, tokenizer: Any, generate: Generate
+) -> None:
     found = generate(model, tokenizer, TEXTS, num_samples=3, batch_size=4)
     positions = [[(r.prompt_index, r.sample_index) for r in row] for row in found]
     assert positions == [[(i, s) for s in range(3)] for i in range(4)]
 
 
-def test_eos_ends_a_response_and_counts(model: Any, tokenizer: Any) -> None:
+def test_eos_ends_a_response_and_counts(model: Any, tokenizer: Any, generate: Generate) -> None:
     responses = [r for row in generate(model, tokenizer, TEXTS, num_samples=16) for r in row]
     finished = [r for r in responses if r.finished]
     assert 4 <= len(finished) <= 60
@@ -147,7 +165,9 @@ def test_eos_ends_a_response_and_counts(model: Any, tokenizer: Any) -> None:
         assert response.text == tokenizer.decode([t for t in response.token_ids if t > 4])
 
 
-def test_eos_on_the_last_allowed_token_finishes(model: Any, tokenizer: Any) -> None:
+def test_eos_on_the_last_allowed_token_finishes(
+    model: Any, tokenizer: Any, generate: Generate
+) -> None:
     """A response that ends after n tokens is the same and still finished at max_new_tokens=n."""
     responses = generate(model, tokenizer, TEXTS[:1], num_samples=16)[0]
     n = min(len(r.token_ids) for r in responses if r.finished and len(r.token_ids) > 1)
@@ -157,14 +177,18 @@ def test_eos_on_the_last_allowed_token_finishes(model: Any, tokenizer: Any) -> N
         assert short.finished == (EOS in long.token_ids[:n])
 
 
-def test_pad_is_never_sampled_however_likely(model: Any, tokenizer: Any) -> None:
+def test_pad_is_never_sampled_however_likely(
+    model: Any, tokenizer: Any, generate: Generate
+) -> None:
     with torch.no_grad():
         model.lm_head.bias[PAD] = 20.0
     responses = generate(model, tokenizer, TEXTS, num_samples=8)
     assert all(PAD not in response.token_ids for row in responses for response in row)
 
 
-def test_over_long_prompts_are_refused_or_left_out(model: Any, tokenizer: Any) -> None:
+def test_over_long_prompts_are_refused_or_left_out(
+    model: Any, tokenizer: Any, generate: Generate
+) -> None:
     long = "the cat eats " * 60
     with pytest.raises(DataError, match=r"prompt 1 has \d+ tokens.*model.max_length=128"):
         generate(model, tokenizer, ["the cat", long])
