@@ -143,10 +143,10 @@ class NearDuplicates(Enum):
 
 
 class Engine(Enum):
-    """What samples responses: own decoding, transformers, vLLM beside the node, or a server."""
+    """What samples responses: transformers, own decoding, vLLM beside the node, or a server."""
 
-    fused = auto()
     hf = auto()
+    fused = auto()
     vllm = auto()
     vllm_server = auto()
 

@@ -92,8 +92,8 @@ class Compute:
 class GeneratorSettings:
     """What samples responses in rejection sampling, PPO, evaluate and collect."""
 
-    engine: Engine = result(Engine.fused)
-    """fused, hf, vllm (a process of the node's own) or vllm_server; their samples may differ."""
+    engine: Engine = result(Engine.hf)
+    """hf, fused, vllm (a process of the node's own) or vllm_server; their samples differ."""
     url: str = execution("http://127.0.0.1:8000")
     """Address of the server; beyond this machine it needs the token in RLHF_GENERATOR_TOKEN."""
     timeout_seconds: float = execution(600.0)

@@ -149,7 +149,7 @@ def test_other_models_are_decoded_by_transformers_and_it_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = Config(recipe="test", run="test")
-    assert config.generator.engine is Engine.fused
+    config.generator.engine = Engine.fused
     model, tokenizer = micro_models.policy(), micro_models.tokenizer()
 
     def opened() -> Any:
