@@ -34,10 +34,19 @@ class Interval(NamedTuple):
 NOTHING = Interval(math.nan, math.nan, math.nan)
 
 
+def finite(value: float) -> float | None:
+    """Return the value, or None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
+
+
+def limits_json(interval: Interval) -> dict[str, float | None]:
+    """Return mean, low and high as JSON."""
+    return {name: finite(value) for name, value in interval._asdict().items()}
+
+
 def interval_json(interval: Interval, n: int) -> dict[str, Any]:
-    """Return mean, low, high and n; None for NaN, which JSON does not have."""
-    limits = {k: None if math.isnan(v) else v for k, v in interval._asdict().items()}
-    return {**limits, "n": n}
+    """Return mean, low, high and n as JSON."""
+    return {**limits_json(interval), "n": n}
 
 
 def wilson(successes: float, n: float, z: float) -> Interval:

@@ -23,6 +23,7 @@ from rlhf.algo.twosample import (
     shares_test,
     stratified_difference,
 )
+from rlhf.data.drift import percent
 from rlhf.data.records import STRENGTHS
 
 BY = ("annotator", "source")
@@ -225,7 +226,7 @@ def _rate_finding(columns: _Columns, rate: Rate, own: Integers, rest: Integers) 
         -found.value >= rate.smallest if rate.only_below else abs(found.value) >= rate.smallest
     )
     others = min(1.0, max(0.0, share - found.value))
-    text = rate.told.format(_percent(share), len(own), _percent(others))
+    text = rate.told.format(percent(share), len(own), percent(others))
     return _Finding(found.p_value, text, is_large)
 
 
@@ -241,12 +242,8 @@ def _strength_finding(columns: _Columns, own: Integers, rest: Integers) -> _Find
     change = first.mean - second.mean
     most = int(np.argmax(change))
     text = (
-        f"says {STRENGTHS[most]} in {_percent(first.mean[most])} of {len(own)}, "
-        f"others in {_percent(second.mean[most])}"
+        f"says {STRENGTHS[most]} in {percent(first.mean[most])} of {len(own)}, "
+        f"others in {percent(second.mean[most])}"
     )
     distance = float(0.5 * np.abs(change).sum())
     return _Finding(test.p_value, text, distance >= STRENGTH_DISTANCE)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

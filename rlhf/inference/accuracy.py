@@ -14,7 +14,8 @@ from typing import Any
 
 from rlhf.algo.intervals import (
     NOTHING,
-    Interval,
+    finite,
+    limits_json,
     paired_clustered_bootstrap,
     proportion_interval,
 )
@@ -129,7 +130,7 @@ def measure(
         "high": finite(accuracy.high),
         "gap": mean([pair.chosen_score - pair.rejected_score for pair in counted]),
         "control_longer": mean(longer),
-        "longer_difference": interval_json(difference),
+        "longer_difference": limits_json(difference),
         "control_swapped": mean(swapped),
     }
 
@@ -179,16 +180,6 @@ def sigmoid(value: float) -> float:
 def mean(values: Sequence[float]) -> float | None:
     """Return the mean, or None where there is no value."""
     return sum(values) / len(values) if values else None
-
-
-def finite(value: float) -> float | None:
-    """Return the value, or None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value
-
-
-def interval_json(interval: Interval) -> dict[str, float | None]:
-    """Return an interval as JSON."""
-    return {name: finite(value) for name, value in interval._asdict().items()}
 
 
 def _cell_order(key: tuple[str, str | None, str | None, str | None]) -> tuple[Any, ...]:
