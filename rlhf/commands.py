@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from rlhf import datacheck, runner
+from rlhf import runner
 from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
 from rlhf.cost.estimate import estimate
@@ -222,6 +222,8 @@ def _show_ended(plan: Plan, folder: Path, ended: Mapping[str, str], out: Console
 
 
 def ingest(config: Config, *files: str) -> int:
+    from rlhf import datacheck  # With scipy, which other commands need not wait for.
+
     settings = config.ingest
     kind = None
     if settings.kind is not None:
@@ -273,12 +275,16 @@ def ingest(config: Config, *files: str) -> int:
 
 
 def drift(config: Config, *names: str, against: str) -> int:
+    from rlhf import datacheck
+
     others = [name for name in against.split(",") if name]
     datacheck.show_drift(datacheck.report_drift(config, names, against=others), console())
     return 0
 
 
 def quality(config: Config, *batches: str, by: str) -> int:
+    from rlhf import datacheck
+
     datacheck.show_quality(datacheck.report_quality(config, batches, by=by), console())
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,9 +79,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def flat_config(config: Config) -> dict[str, Any]:
     """Return every setting as dotted key to a JSON value."""
-    tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(tree, dict)
-    return flatten({str(name): value for name, value in tree.items()})
+    return {key: _plain(value) for key, _, value in leaves(config)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as YAML holds it: choices by name."""
+    if isinstance(value, Enum):
+        return value.name
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def read_flat(path: Path) -> dict[str, Any]:

@@ -151,6 +151,15 @@ def test_every_launcher_composes(kind: LauncherKind) -> None:
     assert config_of("recipe=quickstart", f"launcher={kind.name}").launcher.kind is kind
 
 
+@pytest.mark.parametrize("recipe", compose.recipes())
+def test_settings_are_flat_as_omegaconf_writes_them(recipe: str) -> None:
+    """Fingerprints of finished nodes rest on this form, and run.yaml is written by OmegaConf."""
+    config = config_of(f"recipe={recipe}", "model.path=toy", "rejection.temperatures=[0.7,1.0]")
+    tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(tree, dict)
+    assert flat_config(config) == flatten({str(name): value for name, value in tree.items()})
+
+
 @pytest.mark.parametrize("engine", list(Engine))
 def test_every_generator_composes(engine: Engine) -> None:
     assert config_of("recipe=quickstart", f"generator={engine.name}").generator.engine is engine
