@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# Before NumPy and torch are imported. Threads of one product wait for each other; where two test
+# processes share two cores, they mostly wait.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+
 
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
