@@ -167,4 +167,4 @@ def test_other_models_are_decoded_by_transformers_and_it_says_so(
     assert type(opened()) is HfGenerator
     config.generator.engine = Engine.fused
     config.model.precision = Precision.bf16
-    assert opened()._weights.head.weight.dtype == torch.bfloat16
+    assert opened()._weights.dtype == torch.bfloat16
