@@ -19,6 +19,8 @@ class SamplingParams:
     """Takes what the engine gives; anything else is a TypeError."""
 
     temperature: float
+    top_k: int
+    top_p: float
     max_tokens: int
     seed: int
     ignore_eos: bool

@@ -92,8 +92,8 @@ class Compute:
 class GeneratorSettings:
     """What samples responses in rejection sampling, PPO, evaluate and collect."""
 
-    engine: Engine = result(Engine.hf)
-    """hf, fused, vllm (a process of the node's own) or vllm_server; their samples differ."""
+    engine: Engine = result(Engine.fused)
+    """fused, hf, vllm (a process of the node's own) or vllm_server; their samples differ."""
     url: str = execution("http://127.0.0.1:8000")
     """Address of the server; beyond this machine it needs the token in RLHF_GENERATOR_TOKEN."""
     timeout_seconds: float = execution(600.0)
@@ -246,6 +246,13 @@ class Config:
                 f"{key}.sampling.max_new_tokens",
                 sampling.max_new_tokens,
                 f"leave room for the prompt in model.max_length ({self.model.max_length})",
+            )
+        for name, neutral in (("top_k", None), ("top_p", 1.0)):
+            require(
+                getattr(self.ppo.sampling, name) == neutral,
+                f"ppo.sampling.{name}",
+                getattr(self.ppo.sampling, name),
+                "PPO's ratio and KL are those of the whole softmax: take the setting away",
             )
         if self.toy.enabled and self.model.path == "toy":
             require(

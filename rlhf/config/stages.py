@@ -98,6 +98,10 @@ class Sampling:
     """Longest response in tokens, its EOS included."""
     batch_size: int = result(256)
     """Responses decoded together; shapes change the last float digits, so it is a result field."""
+    top_k: int | None = result(None)
+    """Draw from this many likeliest tokens only; 1 is greedy, null is all. Never in PPO."""
+    top_p: float = result(1.0)
+    """Draw from the fewest likeliest tokens that have this share; 1 is all. Never in PPO."""
 
     def check(self, key: str) -> None:
         """Refuse impossible values; `key` is where these settings stand in the configuration."""
@@ -107,6 +111,13 @@ class Sampling:
         require(
             self.max_new_tokens > 1, f"{key}.max_new_tokens", self.max_new_tokens, "give at least 2"
         )
+        require(
+            self.top_k is None or self.top_k > 0,
+            f"{key}.top_k",
+            self.top_k,
+            "give at least 1, or null for the whole vocabulary",
+        )
+        require(0 < self.top_p <= 1, f"{key}.top_p", self.top_p, "give a share in (0, 1]")
 
 
 @dataclass

@@ -7,14 +7,12 @@ V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
@@ -25,11 +23,8 @@ from rlhf.data.chat import encode_prompt
 from rlhf.data.collate import pad_left
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import DataError
+from rlhf.inference.sampler import row_keys, sample_tokens, uniforms
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""Step of the SplitMix64 sequence."""
-BLOCK = 256
-"""Tokens of the vocabulary whose probability is summed up together when one is drawn."""
 KEEP_SHARE = 0.75
 """Finished rows leave the batch once at most this share of it is still being written."""
 
@@ -84,61 +79,6 @@ class Decoding(Protocol):
 
     def advance(self, tokens_b: Tensor) -> None:
         """Write one token per row and compute the next logits."""
-
-
-def row_keys(keys: Sequence[str], num_samples: int) -> NDArray[np.uint64]:
-    """Return a 64-bit key per prompt and sample, shape [prompts, num_samples]."""
-    digests = [
-        hashlib.blake2b(f"{key}/{sample}".encode(), digest_size=8).digest()
-        for key in keys
-        for sample in range(num_samples)
-    ]
-    flat = np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
-    return flat.reshape(len(keys), num_samples)
-
-
-def uniforms(row_keys_B: NDArray[np.uint64], num_tokens: int) -> NDArray[np.float64]:
-    """Return the number in [0, 1) of each row and token position, shape [B, T].
-
-    Position t is output t of SplitMix64 (Steele et al. 2014) started at the row's key.
-    """
-    steps_T = np.arange(1, num_tokens + 1, dtype=np.uint64) * GOLDEN
-    z_BT = row_keys_B[:, None] + steps_T[None, :]
-    z_BT = (z_BT ^ (z_BT >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z_BT = (z_BT ^ (z_BT >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z_BT = z_BT ^ (z_BT >> np.uint64(31))
-    return (z_BT >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float) -> Tensor:
-    """Draw one token a row from softmax(logits / temperature) by the inverse of its CDF, [B].
-
-    The inverse is looked up twice, among blocks of the vocabulary and inside one, so that only one
-    block is summed up token by token. The CDF is off by the rounding of a block's fp32 sum, 1e-7 of
-    it; a token of probability 0 is never drawn.
-    """
-    scaled_BV = logits_BV.float() if temperature == 1.0 else logits_BV.float() / temperature
-    probabilities_BV = scaled_BV.softmax(-1)
-    missing = -probabilities_BV.shape[1] % BLOCK
-    padded_BV = F.pad(probabilities_BV, (0, missing)) if missing else probabilities_BV
-    blocks_BNW = padded_BV.unflatten(1, (-1, BLOCK))
-    cdf_BN = blocks_BNW.sum(-1).double().cumsum(-1)
-    target_B1 = (uniforms_B * cdf_BN[:, -1]).unsqueeze(1)
-    block_B1 = _first_above(cdf_BN, target_B1)
-    before_B1 = F.pad(cdf_BN, (1, 0)).gather(1, block_B1)
-    rows_B = torch.arange(len(target_B1), device=target_B1.device)
-    cdf_BW = blocks_BNW[rows_B, block_B1[:, 0]].double().cumsum(-1)
-    return (block_B1 * BLOCK + _first_above(cdf_BW, target_B1 - before_B1)).squeeze(1)
-
-
-def _first_above(cdf_BX: Tensor, target_B1: Tensor) -> Tensor:
-    """Return the first position whose sum exceeds the target, [B, 1].
-
-    Rounding may put a target at the end of the sum; then it is the last position that adds to it.
-    """
-    found_B1 = torch.searchsorted(cdf_BX, target_B1, right=True)
-    last_B1 = torch.searchsorted(cdf_BX, cdf_BX[:, -1:].contiguous())
-    return torch.minimum(found_B1, last_B1)
 
 
 def fitting(
@@ -214,7 +154,7 @@ class HfGenerator:
         found: list[list[Response]] = [[] for _ in prompts]
         for indices, samples in _batches(encoded, num_samples, sampling.batch_size):
             numbers = uniforms(seeds[indices, samples].reshape(-1), sampling.max_new_tokens)
-            written = self._decode([encoded[i] for i in indices], numbers, sampling.temperature)
+            written = self._decode([encoded[i] for i in indices], numbers, sampling)
             for row, token_ids in enumerate(written):
                 index = indices[row * len(indices) // len(written)]
                 found[index].append(
@@ -233,7 +173,7 @@ class HfGenerator:
 
     @torch.no_grad()
     def _decode(
-        self, prompt_ids: list[list[int]], uniforms_BT: NDArray[np.float64], temperature: float
+        self, prompt_ids: list[list[int]], uniforms_BT: NDArray[np.float64], sampling: Sampling
     ) -> list[list[int]]:
         """Return the response tokens of each row; rows are the prompts, each repeated."""
         num_rows, num_tokens = uniforms_BT.shape
@@ -245,7 +185,7 @@ class HfGenerator:
         alive_b = torch.ones_like(rows_b, dtype=torch.bool)
         for t in range(num_tokens):
             state.logits[:, pad] = -torch.inf
-            tokens_b = sample_tokens(state.logits, numbers_BT[rows_b, t], temperature=temperature)
+            tokens_b = sample_tokens(state.logits, numbers_BT[rows_b, t], sampling=sampling)
             written_BT[rows_b, t] = tokens_b
             alive_b &= tokens_b != eos
             num_alive = int(alive_b.sum())

@@ -2,8 +2,8 @@
 
 The same function as the model's own forward pass, written for many samples of few prompts. A prompt
 is read once, unpadded, and its keys and values serve all its samples; the keys and values of a
-response lie in room that is allocated once. What can be multiplied into a matrix beforehand is: the
-weights of norms and the scale of queries. Shapes: n prompts, P longest prompt, b rows (samples still
+response lie in room that is allocated once. The weights of norms and the scale of queries are
+multiplied into the matrices beforehand. Shapes: n prompts, P longest prompt, b rows (samples still
 being written), T response tokens, D width of a head, H query heads in Hkv groups of G.
 """
 

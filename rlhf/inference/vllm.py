@@ -22,7 +22,8 @@ from torch import Tensor
 from rlhf.config import Precision, Sampling
 from rlhf.data.records import Message
 from rlhf.errors import StageError
-from rlhf.inference.generation import Response, Weights, encode_prompts, make_response, row_keys
+from rlhf.inference.generation import Response, Weights, encode_prompts, make_response
+from rlhf.inference.sampler import row_keys
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 """Number format in which vLLM holds the weights."""
@@ -35,6 +36,8 @@ class Batch:
     prompts: list[list[int]]
     seeds: list[int]
     temperature: float
+    top_k: int | None
+    top_p: float
     max_new_tokens: int
     eos_id: int
     pad_id: int
@@ -103,6 +106,8 @@ class VllmGenerator:
             # 63 bits, which every integer type on the way can hold.
             seeds=[int(key) >> 1 for key in row_keys(keys, num_samples).reshape(-1)],
             temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens,
             eos_id=self._tokenizer.eos_token_id,
             pad_id=self._tokenizer.pad_token_id,

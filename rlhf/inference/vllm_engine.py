@@ -110,6 +110,9 @@ def sampling_parameters(batch: Batch, seed: int) -> dict[str, Any]:
     """Return what vLLM is told about one response: softmax(logits / temperature) without pad."""
     return {
         "temperature": batch.temperature,
+        # vLLM's word for the whole vocabulary is 0.
+        "top_k": batch.top_k or 0,
+        "top_p": batch.top_p,
         "max_tokens": batch.max_new_tokens,
         "seed": seed,
         # Only the tokenizer's EOS ends a response, whatever a model's files list besides.

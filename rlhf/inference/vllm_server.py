@@ -176,7 +176,8 @@ def read_batch(body: dict[str, Any], *, max_length: int) -> Batch:
     if set(body) != names:
         raise Refusal(400, f"a batch has exactly {', '.join(sorted(names))}")
     batch = Batch(**body)
-    numbers = [batch.max_new_tokens, batch.eos_id, batch.pad_id]
+    top_k = 1 if batch.top_k is None else batch.top_k
+    numbers = [batch.max_new_tokens, batch.eos_id, batch.pad_id, top_k]
     ok = (
         _are_integers(batch.seeds)
         and _are_integers(numbers)
@@ -184,7 +185,10 @@ def read_batch(body: dict[str, Any], *, max_length: int) -> Batch:
         and all(_are_integers(prompt) and prompt for prompt in batch.prompts)
         and isinstance(batch.temperature, int | float)
         and 0 <= batch.temperature < math.inf
+        and isinstance(batch.top_p, int | float)
+        and 0 < batch.top_p <= 1
         and batch.max_new_tokens > 0
+        and top_k > 0
     )
     if not ok or len(batch.prompts) != len(batch.seeds):
         raise Refusal(400, "a batch has token ids per prompt, a seed per prompt, and numbers")

@@ -171,7 +171,7 @@ def test_the_engine_is_a_result_of_every_stage_that_samples() -> None:
     touched = {stage for stage in STAGE_GROUPS if relevant(stage, one) != relevant(stage, two)}
     assert touched == {"sweep", "sample", "rejection", "ppo", "evaluate", "collect"}
     assert differences(relevant("ppo", one), relevant("ppo", two)) == [
-        "generator.engine: hf -> vllm"
+        "generator.engine: fused -> vllm"
     ]
 
 
@@ -189,6 +189,22 @@ def test_the_engine_is_a_result_of_every_stage_that_samples() -> None:
 )
 def test_impossible_sweeps_are_refused(override: str, words: str) -> None:
     config_of("recipe=quickstart", "rejection.temperatures=[1.3,0.7]")
+    with pytest.raises(ConfigError, match=words):
+        config_of("recipe=quickstart", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rejection.sampling.top_k=0", r"rejection.sampling.top_k=0 .*null"),
+        ("evaluate.sampling.top_p=0", r"evaluate.sampling.top_p=0.0 .*\(0, 1\]"),
+        ("evaluate.sampling.top_p=1.1", r"\(0, 1\]"),
+        ("ppo.sampling.top_k=50", r"ppo.sampling.top_k=50 .*whole softmax"),
+        ("ppo.sampling.top_p=0.9", r"ppo.sampling.top_p=0.9 .*whole softmax"),
+    ],
+)
+def test_impossible_cuts_of_the_softmax_are_refused(override: str, words: str) -> None:
+    config_of("recipe=quickstart", "rejection.sampling.top_k=50", "evaluate.sampling.top_p=0.9")
     with pytest.raises(ConfigError, match=words):
         config_of("recipe=quickstart", override)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,9 +14,6 @@ from rlhf.inference.generation import (
     HfGenerator,
     Response,
     fitting,
-    row_keys,
-    sample_tokens,
-    uniforms,
 )
 from rlhf.inference.llama import LlamaGenerator
 from rlhf.toy.model import build_model, build_tokenizer
@@ -73,42 +69,6 @@ def generate(request: pytest.FixtureRequest) -> Generate:
         )
 
     return answer
-
-
-def test_draws_follow_the_softmax() -> None:
-    """Pearson's chi-square over 50,000 draws from one row; 5.6 standard errors is the bound."""
-    torch.manual_seed(0)
-    logits = torch.randn(40) * 2
-    temperature, n = 1.3, 50_000
-    keys = row_keys([f"draw {i}" for i in range(n)], 1).reshape(-1)
-    numbers = torch.from_numpy(uniforms(keys, 3)[:, 2])
-    drawn = sample_tokens(logits.expand(n, -1), numbers, temperature=temperature)
-    expected = (logits.double() / temperature).softmax(-1) * n
-    observed = torch.bincount(drawn, minlength=40).double()
-    chi_square = float(((observed - expected).square() / expected).sum())
-    assert chi_square < 39 + 5.6 * (2 * 39) ** 0.5
-
-
-def test_inverse_of_the_cdf_by_hand() -> None:
-    # Shares 1/8, 0, 1/2, 3/8: the CDF is .125, .125, .625, 1.
-    logits = torch.tensor([1.0, 0.0, 4.0, 3.0]).log()
-    numbers = torch.tensor([0.0, 0.12, 0.13, 0.6249, 0.626, 1 - 2**-53], dtype=torch.float64)
-    drawn = sample_tokens(logits.expand(6, -1), numbers, temperature=1.0)
-    assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
-
-
-def test_last_token_of_probability_zero_is_never_drawn() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    for number in (0.0, 1 - 2**-53):
-        drawn = sample_tokens(logits, torch.tensor([number]).double(), temperature=1.0)
-        assert drawn.item() in (1, 2)
-
-
-def test_uniforms_are_splitmix64() -> None:
-    """The first outputs of the published generator for seed 1234567."""
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    found = uniforms(np.array([1234567], dtype=np.uint64), 3)
-    assert found.tolist()[0] == [(value >> 11) * 2.0**-53 for value in published]
 
 
 def test_greedy_equals_a_full_forward_pass_without_cache(

@@ -21,7 +21,16 @@ from rlhf.inference.vllm import Batch, checked, publish
 PROMPTS = [[{"role": "user", "content": text}] for text in ("the cat", "a dog eats", "is it ?")]
 KEYS = ["one", "two", "three"]
 SAMPLING = Sampling(temperature=0.9, max_new_tokens=6, batch_size=4)
-BATCH = Batch([[5, 6]], seeds=[1], temperature=1.0, max_new_tokens=3, eos_id=1, pad_id=0)
+BATCH = Batch(
+    [[5, 6]],
+    seeds=[1],
+    temperature=1.0,
+    top_k=None,
+    top_p=1.0,
+    max_new_tokens=3,
+    eos_id=1,
+    pad_id=0,
+)
 
 
 @pytest.fixture

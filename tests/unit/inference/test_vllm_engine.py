@@ -26,7 +26,16 @@ from rlhf.inference.vllm_engine import (
     shared_engine,
 )
 
-BATCH = Batch([[5, 6]], seeds=[7], temperature=0.7, max_new_tokens=3, eos_id=1, pad_id=0)
+BATCH = Batch(
+    [[5, 6]],
+    seeds=[7],
+    temperature=0.7,
+    top_k=None,
+    top_p=1.0,
+    max_new_tokens=3,
+    eos_id=1,
+    pad_id=0,
+)
 
 
 def folder(parent: Path, seed: int = 0) -> Path:
@@ -43,6 +52,8 @@ def engine(path: Path, **settings: float) -> Engine:
 def test_sampling_is_softmax_over_everything_but_pad() -> None:
     assert sampling_parameters(BATCH, 7) == {
         "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
         "max_tokens": 3,
         "seed": 7,
         "ignore_eos": True,
