@@ -196,10 +196,9 @@ class NodeDir:
         self.path = path
         self.processes = processes or Processes()
         muted = not self.processes.is_main
-        self.metrics = JsonlLog(path / "metrics.jsonl", muted=muted)
-        self.samples = JsonlLog(path / "samples.jsonl", muted=muted)
-        self.heldout = JsonlLog(path / "heldout.jsonl", muted=muted)
-        self._logs = (self.metrics, self.samples, self.heldout)
+        names = ("metrics", "samples", "heldout")
+        self._logs = tuple(JsonlLog(path / f"{name}.jsonl", muted=muted) for name in names)
+        self.metrics, self.samples, self.heldout = self._logs
         self.checkpoints = path / "checkpoints"
         self._keep = keep
         self._on_step = on_step
@@ -341,21 +340,23 @@ class NodeDir:
 
     def is_done(self) -> bool:
         """Tell whether the manifest exists and the files it lists have their sizes."""
-        path = self.path / MANIFEST
-        if not path.exists():
-            return False
-        files = read_json(path)["files"]
-        return all(
-            (self.path / name).exists() and (self.path / name).stat().st_size == entry["size"]
-            for name, entry in files.items()
-        )
+        return self._complete_manifest() is not None
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; raises ArtifactError when the node is not done."""
-        if not self.is_done():
+        found = self._complete_manifest()
+        if found is None:
             raise ArtifactError(f"{self.path} is not finished; run `rlhf run` to finish it")
-        found: dict[str, Any] = read_json(self.path / MANIFEST)
         return found
+
+    def _complete_manifest(self) -> dict[str, Any] | None:
+        path = self.path / MANIFEST
+        if not path.exists():
+            return None
+        found: dict[str, Any] = read_json(path)
+        sizes = {self.path / name: entry["size"] for name, entry in found["files"].items()}
+        is_whole = all(file.exists() and file.stat().st_size == sizes[file] for file in sizes)
+        return found if is_whole else None
 
 
 EXCLUDED = (

@@ -189,11 +189,13 @@ def parse(arguments: Sequence[str]) -> Call:
 
 def execute(call: Call) -> int:
     """Compose the configuration and run the command."""
-    from rlhf import commands, hydra_app
+    from rlhf import commands
     from rlhf.compose import load
 
     handler: Callable[..., int] = commands.HANDLERS[call.name]
     if any(text.startswith("-") for text in call.overrides):
+        from rlhf import hydra_app
+
         return hydra_app.run(call.name, call.positionals, call.extra, call.overrides, handler)
     command = COMMANDS[call.name]
     needs_run = command.needs_run and not (command.optional and call.positionals)

@@ -16,11 +16,8 @@ from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
 from rlhf.cost.estimate import estimate
 from rlhf.cost.show import estimate_table
-from rlhf.data.corrections import withdraw
-from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
-from rlhf.data.similar import RepeatRules
 from rlhf.errors import STOPPED_EXIT, ConfigError
 from rlhf.fingerprint import (
     PLAN_GROUPS,
@@ -41,7 +38,6 @@ from rlhf.plan import Plan, waiting_batches
 from rlhf.processes import STOP
 from rlhf.progress import duration, show_work
 from rlhf.state import log_tail, node_state
-from rlhf.usage import show_usage, show_withdrawal
 from rlhf.versions import current_version, list_versions, overrule, write_versions
 from rlhf.worker import process_environment
 
@@ -222,7 +218,12 @@ def _show_ended(plan: Plan, folder: Path, ended: Mapping[str, str], out: Console
 
 
 def ingest(config: Config, *files: str) -> int:
-    from rlhf import datacheck  # With scipy, which other commands need not wait for.
+    # With NumPy and scipy, which other commands need not wait for.
+    from rlhf import datacheck
+    from rlhf.data.corrections import withdraw
+    from rlhf.data.ingest import ingest_file
+    from rlhf.data.similar import RepeatRules
+    from rlhf.usage import show_usage, show_withdrawal
 
     settings = config.ingest
     kind = None

@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -277,13 +277,10 @@ def _drop(config: Config, node: Node, folder: Path, console: Console) -> None:
 
 def _freeze(config: Config, plan: Plan, folder: Path) -> None:
     """Write run.yaml and plan.json where they changed: what jobs and later calls start from."""
-    on_change = config.on_change
-    config.on_change = OnChange.refuse
-    text = freeze(config)
-    config.on_change = on_change
+    frozen = replace(config, on_change=OnChange.refuse)
     path = folder / RUN_FILE
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    if not path.exists() or read_flat(path) != flat_config(frozen):
+        write_text(path, freeze(frozen))
     previous = read_plan(folder)
     if previous != plan:
         write_json(folder / PLAN, plan.to_json())

@@ -12,12 +12,10 @@ from typing import Any, Protocol
 from rlhf.artifacts import write_jsonl
 from rlhf.config import Config, OnBadRow
 from rlhf.data.corrections import list_tombstones
-from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import FOLDERS, Store
 from rlhf.data.records import Kind
 from rlhf.data.tombstones import LISTED
 from rlhf.plan import Listing
-from rlhf.toy import World
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +48,8 @@ def check_split(config: Config) -> None:
 
 def fill_from_toy_world(config: Config) -> list[str]:
     """Ingest the toy world's sets that are not there yet; returns the ids that were added."""
+    from rlhf.toy import World
+
     world = World(config.seed)
     store = open_store(config)
     toy = config.toy
@@ -77,6 +77,8 @@ def forget_batch(config: Config, batch: str) -> None:
 def _ingest_rows(
     rows: Sequence[Row], kind: Kind, name: str, *, store: Store, config: Config
 ) -> None:
+    from rlhf.data.ingest import ingest_file  # With NumPy.
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.jsonl"
         write_jsonl(path, [row.to_json() for row in rows])

@@ -53,18 +53,18 @@ def forget_overrules(run_dir: Path, *, from_round: int) -> None:
 def promoted_version(run_dir: Path, round_: int) -> str:
     """Return the name of the version that counts as promoted after a round.
 
-    Raises ArtifactError when an evaluation up to that round is not done.
+    Raises ArtifactError when an evaluation that decides it is not done: the newest one, and those
+    before it as long as each refused its version.
     """
-    promoted = "v0"
     overrules = read_overrules(run_dir)
-    for k in range(1, round_ + 1):
+    for k in range(round_, 0, -1):
         folder = NodeDir(run_dir / node_name(k, "evaluate"))
         folder.manifest()
         if str(k) in overrules:
-            promoted = overrules[str(k)]["version"]
-        elif read_json(folder.path / "decision.json")["promoted"]:
-            promoted = f"v{k}"
-    return promoted
+            return str(overrules[str(k)]["version"])
+        if read_json(folder.path / "decision.json")["promoted"]:
+            return f"v{k}"
+    return "v0"
 
 
 def list_versions(config: Config, plan: Plan, run_dir: Path) -> list[Version]:

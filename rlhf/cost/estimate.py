@@ -19,7 +19,7 @@ from rlhf.cost.energy import device_watts
 from rlhf.cost.peak import expected_peak, is_gpu
 from rlhf.cost.rates import ESTIMATE, Rates, measured_rates
 from rlhf.cost.sizes import folder_size, model_size
-from rlhf.cost.tokens import CHARACTERS_PER_TOKEN, Supply, read_supply
+from rlhf.cost.tokens import CHARACTERS_PER_TOKEN, missing_kinds, read_supply, response_share
 from rlhf.cost.work import BASE, Context, tasks
 from rlhf.nodes import Node
 from rlhf.plan import Plan
@@ -35,21 +35,20 @@ def estimate(config: Config, plan: Plan, run_dir: Path) -> Row:
     A node that has started keeps what estimate.json said before; one that started without an
     estimate gets none. Without a known model size there are no nodes.
     """
-    before = frozen_rows(run_dir)
     size = model_size(config.model)
-    supply = read_supply(config, plan, run_dir)
-    rates = measured_rates(Path(config.paths.runs))
-    rows = []
-    for node in plan.nodes:
-        if is_started(run_dir / node.name):
-            rows += [before[node.name]] if node.name in before else []
-        elif size is not None:
-            context = Context(config, plan, node, supply)
-            rows.append(_row(context, model_sizes(config, size), rates))
+    waiting = [node for node in plan.nodes if not is_started(run_dir / node.name)]
+    unstarted = {node.name for node in waiting}
+    found = {name: row for name, row in frozen_rows(run_dir).items() if name not in unstarted}
+    if size is not None and waiting:
+        sizes, supply = model_sizes(config, size), read_supply(config, plan, run_dir)
+        rates = measured_rates(Path(config.paths.runs))
+        for node in waiting:
+            found[node.name] = _row(Context(config, plan, node, supply), sizes, rates)
+    rows = [found[node.name] for node in plan.nodes if node.name in found]
     return {
         "nodes": rows,
         "totals": {name: _sum(rows, name) for name in SUMS},
-        "assumptions": _assumptions(config, size, supply),
+        "assumptions": _assumptions(config, plan, run_dir, size),
     }
 
 
@@ -124,13 +123,13 @@ def _seconds(
     return seconds, text
 
 
-def _assumptions(config: Config, size: ModelSize | None, supply: Supply) -> Row:
+def _assumptions(config: Config, plan: Plan, run_dir: Path, size: ModelSize | None) -> Row:
     cost = config.cost
     return {
         "parameters": None if size is None else size.parameters,
         "characters_per_token": CHARACTERS_PER_TOKEN,
-        "responses": supply.basis,
-        "missing": list(supply.missing),
+        "responses": response_share(config, plan, run_dir)[1],
+        "missing": missing_kinds(config),
         "watts_per_gpu": cost.watts_per_gpu,
         "watts_per_core": cost.watts_per_core,
         "pue": cost.pue,

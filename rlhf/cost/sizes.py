@@ -12,7 +12,6 @@ from typing import Any
 from rlhf.algo.flops import ModelSize, llama_size
 from rlhf.artifacts import read_json
 from rlhf.config import Model, Shape
-from rlhf.toy import model as toy
 
 TOY = "toy"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -32,6 +31,8 @@ def model_size(model: Model) -> ModelSize | None:
 
 def toy_size() -> ModelSize:
     """Return the size of the toy world's Llama."""
+    from rlhf.toy import model as toy
+
     return llama_size(
         hidden_size=toy.HIDDEN_SIZE,
         intermediate_size=toy.INTERMEDIATE_SIZE,

@@ -57,10 +57,6 @@ class Supply:
     """Open comparisons by axis."""
     response_share: float
     """Mean response over the longest allowed one."""
-    basis: str
-    """Where response_share comes from."""
-    missing: tuple[str, ...] = ()
-    """Kinds of sets that are not in the store yet, and count as nothing."""
 
     def answered(self, max_new_tokens: int) -> Lengths:
         """Return the lengths of a prompt and of a response sampled with this bound."""
@@ -71,7 +67,7 @@ def read_supply(config: Config, plan: Plan, run_dir: Path) -> Supply:
     """Count and measure what the plan's nodes will read."""
     store = Store(Path(config.paths.store), config.data.stream)
     measure = _Measure(config, store)
-    share, basis = response_share(config, plan, run_dir)
+    share, _ = response_share(config, plan, run_dir)
     prompts = measure.set(Kind.prompts) or _toy_set(config, 3 * config.toy.prompts_per_kind)
     answered = Lengths(prompts.lengths.prompt, share * config.collect.max_new_tokens)
     known = set(store.ids(Kind.batch))
@@ -91,13 +87,14 @@ def read_supply(config: Config, plan: Plan, run_dir: Path) -> Supply:
         },
         open={axis: _open(config, measure, axis) for axis in AXES},
         response_share=share,
-        basis=basis,
-        missing=_missing(config, measure),
     )
 
 
 def response_share(config: Config, plan: Plan, run_dir: Path) -> tuple[float, str]:
-    """Return the mean response over evaluate's bound, from the run's newest evaluation if any."""
+    """Return the mean response over evaluate's bound, and where it comes from.
+
+    That is the run's newest evaluation if there is any.
+    """
     for item in reversed(plan.rounds):
         path = run_dir / node_name(item.round, "evaluate") / "evaluation.json"
         if path.exists():
@@ -215,10 +212,12 @@ def _open(config: Config, measure: _Measure, axis: str) -> Set:
     return _split(config, rows, TOY_LENGTHS)
 
 
-def _missing(config: Config, measure: _Measure) -> tuple[str, ...]:
+def missing_kinds(config: Config) -> list[str]:
+    """Return the kinds of sets that are not in the store yet, and count as nothing."""
+    store = Store(Path(config.paths.store), config.data.stream)
     needed = {Kind.sft: not config.sft.skip, Kind.prompts: True, Kind.open: True}
-    absent = [kind.name for kind in needed if needed[kind] and not measure.ids(kind)]
-    return () if config.toy.enabled else tuple(absent)
+    absent = [kind.name for kind in needed if needed[kind] and not store.ids(kind)]
+    return [] if config.toy.enabled else absent
 
 
 def _toy_set(config: Config, rows: int) -> Set:

@@ -6,17 +6,18 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.artifacts import sha256_file, write_json
-from rlhf.data.columns import hex_texts
 from rlhf.data.ledger import FOLDERS, ROWS, History, Store
-from rlhf.data.parse import Defaults
 from rlhf.data.records import Kind
-from rlhf.data.staging import Staging
 from rlhf.data.tombstones import FOLDER, Tombstone, dead_ids, entry_name
 from rlhf.errors import DataError
 from rlhf.nodes import NodeContext
+
+if TYPE_CHECKING:
+    from rlhf.data.parse import Defaults
+    from rlhf.data.staging import Staging
 
 MAX_LISTED = 20
 """Ids that a message lists."""
@@ -68,6 +69,8 @@ def replaced_rows(
     """
     import pyarrow as pa
     import pyarrow.compute as pc
+
+    from rlhf.data.columns import hex_texts
 
     ids = [batch.column("id") for _, batch in staging.scan(["id"])]
     family = set(store.parts(kind, correction.of))

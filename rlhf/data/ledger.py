@@ -27,7 +27,6 @@ from rlhf.artifacts import (
     write_json,
     write_jsonl,
 )
-from rlhf.data.profile import write_profile
 from rlhf.data.records import Comparison, Conversation, Kind, Prompt
 from rlhf.data.tombstones import FILE, FOLDER, Tombstone, dead_ids, read_tombstone
 from rlhf.errors import ArtifactError, DataError
@@ -259,6 +258,8 @@ class Store:
             with atomic_folder(self.path(entry.kind, entry.id)) as folder:
                 _write_rows(folder / ROWS, entry.kind, entry.rows)
                 if entry.kind is Kind.batch:
+                    from rlhf.data.profile import write_profile  # With NumPy.
+
                     write_profile(folder, batch=entry.id, is_first=not self.ids(Kind.batch))
                 write_jsonl(folder / "refused.jsonl", entry.refused)
                 write_jsonl(folder / "excluded.jsonl", entry.excluded)

@@ -18,9 +18,6 @@ from rlhf.config import Config, LauncherKind
 from rlhf.errors import ConfigError, LauncherError, StageError
 from rlhf.launch.failures import read_exits, why
 from rlhf.launch.jobs import Job, Launcher, next_submissions
-from rlhf.launch.kubernetes import KubernetesLauncher
-from rlhf.launch.reconciler import Reconciler
-from rlhf.launch.slurm import SlurmLauncher, check_template
 from rlhf.lease import process_start
 from rlhf.nodes import Node
 
@@ -31,9 +28,13 @@ BACKGROUND_LOG = "background.txt"
 def open_launcher(config: Config) -> Launcher:
     """Return the scheduler that the configuration names; raises ConfigError for `local`."""
     if config.launcher.kind is LauncherKind.slurm:
+        from rlhf.launch.slurm import SlurmLauncher, check_template
+
         check_template(config)
         return SlurmLauncher(config)
     if config.launcher.kind is LauncherKind.kubernetes:
+        from rlhf.launch.kubernetes import KubernetesLauncher
+
         return KubernetesLauncher(config)
     raise ConfigError(
         f"launcher={config.launcher.kind.name} has no jobs of its own: choose launcher=slurm or "
@@ -55,6 +56,8 @@ def launch_jobs(config: Config, nodes: Sequence[Node], folder: Path, console: Co
 
     Raises StageError when a node failed while following.
     """
+    from rlhf.launch.reconciler import Reconciler
+
     reconciler = Reconciler(config, nodes, folder, open_launcher(config))
     if config.launcher.follow:
         reconciler.follow(console)

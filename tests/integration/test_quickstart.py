@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,24 @@ def test_second_call_runs_nothing_changes_nothing_and_says_so(tiny: TinyRun) -> 
     touched = {name for name in after if after[name] != before[name]}
     assert touched <= {"versions.json"}
     assert tree(tiny.root / "store") == store
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "status", "--help"])
+def test_what_computes_nothing_imports_nothing_that_computes(command: str, tiny: TinyRun) -> None:
+    """They answer at once for want of these imports."""
+    code = (
+        "import sys; from rlhf.cli import main; assert main(sys.argv[1:]) == 0; "
+        "slow = ['torch', 'transformers', 'numpy', 'scipy', 'pyarrow', 'hydra', 'jinja2']; "
+        "sys.exit(' '.join(name for name in slow if name in sys.modules) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, *tiny.paths()],
+        cwd=tiny.root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_third_round_runs_only_its_own_nodes(tiny: TinyRun, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf import compose
 from rlhf.errors import ConfigError
@@ -102,6 +103,74 @@ def test_a_run_that_exists_is_the_base_and_the_command_line_goes_on_top(tmp_path
     assert changed.model.path == "models/smollm2-135m"
     with pytest.raises(ConfigError, match=r"recipe=smollm2 .*started as recipe=quickstart"):
         compose.load([where, "run=mine", "recipe=smollm2"])
+
+
+PLAIN_OVERRIDES = [
+    ["seed=7", "ppo.kl_coef=1", "model.path=/models/a-b.c/d_1", "checkpoint.keep=9"],
+    ["tracking.mode=none", "model.shape.hidden_size=null", "data.is_safety_default=TRUE"],
+    ["paths.store=x/y", "data.stream=v1.0", "launcher.slurm.partition=5"],
+    ["recipe=quickstart", "seed=1", "seed=-2"],
+]
+OTHER_OVERRIDES = [
+    ["ppo.kl_coef=0.3"],
+    ["ppo.kl_coef=1e-3"],
+    ["ppo.kl_coef=inf"],
+    ["rejection.temperatures=[0.7,1]"],
+    ["model=smollm2"],
+    ["data.stream='a b'"],
+    ["data.stream=sim-${run}"],
+    ["++seed=3"],
+]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> list[str]:
+    """Return the overrides that name a run that exists."""
+    config = compose.load([QUICK, f"paths.runs={tmp_path}", "run=mine", "sft.epochs=7"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.yaml").write_text(compose.freeze(config))
+    return [f"paths.runs={tmp_path}", "run=mine"]
+
+
+@pytest.mark.parametrize("given", [[], *PLAIN_OVERRIDES])
+def test_a_run_that_exists_is_read_without_hydra_as_with_it(
+    given: list[str], mine: list[str]
+) -> None:
+    read = compose.load_plain([*mine, *given])
+    assert read == compose.load_composed([*mine, *given])
+    assert read is not None
+    assert read.sft.epochs == 7
+
+
+@pytest.mark.parametrize("given", OTHER_OVERRIDES)
+def test_what_is_not_plain_is_left_to_hydra(given: list[str], mine: list[str]) -> None:
+    assert compose.load_plain([*mine, *given]) is None
+    assert compose.load([*mine, *given]) == compose.load_composed([*mine, *given])
+
+
+@pytest.mark.parametrize(
+    "given", ["recipe=smollm2", "ppo.kl_coef=abc", "ppo.kl_coeff=1", "ppo.batch_size=null", "ppo=3"]
+)
+def test_what_is_refused_is_refused_in_the_same_words(given: str, mine: list[str]) -> None:
+    with pytest.raises(ConfigError) as composed:
+        compose.load_composed([*mine, given])
+    with pytest.raises(ConfigError) as read:
+        compose.load([*mine, given])
+    assert str(read.value) == str(composed.value)
+
+
+def test_a_run_with_interpolations_is_left_to_hydra(mine: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine/run.yaml"
+    path.write_text(path.read_text().replace("stream: sim-mine", "stream: sim-${run}"))
+    assert compose.load_plain(mine) is None
+    assert compose.load(mine).data.stream == "sim-mine"
+
+
+@pytest.mark.parametrize("given", [*PLAIN_OVERRIDES, ["a=x-1.e/F", "b=e5", "c=/", "d=None", "e=N"]])
+def test_plain_values_are_those_that_hydra_reads(given: list[str]) -> None:
+    parsed = OverridesParser.create().parse_overrides(given)
+    expected = {item.key_or_group: item.value() for item in parsed}
+    assert repr(compose.plain_values(given)) == repr(expected)
 
 
 def test_a_moved_run_is_read_where_it_lies(tmp_path: Path) -> None:

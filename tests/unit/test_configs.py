@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rlhf import compose
 from rlhf.config import Config, Engine, LauncherKind, Strategy, leaves
 from rlhf.config.cluster import Resources
-from rlhf.errors import ConfigError
+from rlhf.errors import ArtifactError, ConfigError
 from rlhf.fingerprint import (
     PLAN_GROUPS,
     STAGE_GROUPS,
@@ -22,6 +22,7 @@ from rlhf.fingerprint import (
     effects,
     flat_config,
     flatten,
+    read_tree,
     relevant,
     stage_revision,
 )
@@ -158,6 +159,35 @@ def test_settings_are_flat_as_omegaconf_writes_them(recipe: str) -> None:
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(tree, dict)
     assert flat_config(config) == flatten({str(name): value for name, value in tree.items()})
+    assert compose.freeze(config) == OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def test_settings_are_read_as_omegaconf_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    texts = [
+        "1e-3",
+        "1e3",
+        ".5",
+        "-7",
+        "0x10",
+        "1_000",
+        "1:30",
+        "yes",
+        "off",
+        "null",
+        "~",
+        "",
+        "on",
+    ]
+    texts += ["2020-01-02", "'1'", '"a: b"', "[a, 1, 2e-1, null]", "{deep: 1e-5}", ".inf", "v1.0"]
+    path.write_text("".join(f"key{k}: {text}\n" for k, text in enumerate(texts)))
+    assert repr(read_tree(path)) == repr(OmegaConf.to_container(OmegaConf.load(path)))
+    path.write_text("sft:\n  epochs: 1\n  epochs: 2\n")
+    with pytest.raises(ConfigError, match="epochs is given twice from line 2 on"):
+        read_tree(path)
+    path.write_text("- sft\n")
+    with pytest.raises(ArtifactError, match=r"run\.yaml does not hold settings"):
+        read_tree(path)
 
 
 @pytest.mark.parametrize("engine", list(Engine))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from rlhf import compose, runner, worker
 from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_json
-from rlhf.errors import ConfigError, StageError
+from rlhf.errors import ArtifactError, ConfigError, StageError
 from rlhf.fingerprint import STAGES
 from rlhf.lease import process_start
 from rlhf.operate import changed_files, clean_run, export_version
@@ -200,6 +201,28 @@ def test_a_refused_version_stays_and_the_next_round_starts_from_the_last_promote
     assert states == ["promoted", "refused", "promoted"]
     assert promoted_version(folder, 1) == "v0"
     assert promoted_version(folder, 2) == "v2"
+
+
+def test_the_promoted_version_is_the_newest_that_was_promoted_or_chosen(tmp_path: Path) -> None:
+    """Against the rounds gone through from the first one on."""
+    choices: list[bool | str] = [True, False, "v0", "v2"]
+    for case, rounds in enumerate(product(choices, repeat=3)):
+        folder = tmp_path / str(case)
+        expected, overrules = "v0", {}
+        for k, choice in enumerate(rounds, start=1):
+            evaluate = folder / f"round-0{k}/evaluate"
+            write_json(evaluate / "decision.json", {"promoted": choice is True})
+            write_json(evaluate / "manifest.json", {"files": {}})
+            if isinstance(choice, str):
+                overrules[str(k)] = {"version": choice}
+                write_json(folder / "overrules.json", overrules)
+                expected = choice
+            elif choice:
+                expected = f"v{k}"
+            assert promoted_version(folder, k) == expected, rounds[:k]
+        (folder / "round-03/evaluate/manifest.json").unlink()
+        with pytest.raises(ArtifactError, match="round-03/evaluate is not finished"):
+            promoted_version(folder, 3)
 
 
 def test_an_operator_may_overrule_until_the_next_round_starts(

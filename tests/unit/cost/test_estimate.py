@@ -63,7 +63,6 @@ SUPPLY = Supply(
     },
     open={axis: Set(200.0, 20.0, COMPARED) for axis in AXES},
     response_share=0.5,
-    basis="given",
 )
 
 
