@@ -1,0 +1,1 @@
+"""Our stages and other libraries side by side on the same work: `python -m benchmarks --help`."""
