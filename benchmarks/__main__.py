@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -139,6 +140,8 @@ def settings_of(given: argparse.Namespace, folder: Path) -> Settings:
 def main(arguments: list[str]) -> None:
     """Measure what was asked for; the page is written anew after every suite."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    # The contenders' processes are ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     given = parse(arguments)
     forget_callers_settings()
     folder = given.folder.resolve()

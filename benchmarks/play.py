@@ -77,7 +77,7 @@ class Stage:
         material: Material,
     ) -> None:
         self.suite, self.precision, self.sizes = suite, precision, dict(sizes)
-        self.entries = [e for e in entries if not settings.only or e.name in settings.only]
+        self.entries = _chosen(entries, settings)
         self.settings, self.material = settings, material
         self.processes: dict[str, Process] = {}
         self.ready: dict[str, dict[str, Any]] = {}
@@ -142,8 +142,8 @@ class Stage:
 def play(stage: Stage) -> dict[str, Any]:
     """Measure a suite; returns its part of the results."""
     settings = stage.settings
-    has_roof = any(entry.module != "command" for entry in stage.entries)
-    entries = [ROOF, *stage.entries] if has_roof else list(stage.entries)
+    is_computation = any(entry.module != "command" for entry in stage.entries)
+    entries = [*_chosen([ROOF] if is_computation else [], settings), *stage.entries]
     with ExitStack() as stack:
         for entry in entries:
             stage.open(stack, entry)
@@ -308,6 +308,10 @@ def _check(stage: Stage) -> dict[str, Any] | None:
         "share": CHECK_SHARE,
         "is_within": difference <= CHECK_SHARE,
     }
+
+
+def _chosen(entries: Sequence[Entry], settings: Settings) -> list[Entry]:
+    return [entry for entry in entries if not settings.only or entry.name in settings.only]
 
 
 def _file_name(label: str) -> str:
