@@ -1,10 +1,9 @@
 """Decoding with a Llama-family model's weights alone: fused matrices, no padding, shared prompts.
 
-The same function as the model's own forward pass, written for many samples of few prompts. A prompt
-is read once, unpadded, and its keys and values serve all its samples; the keys and values of a
-response lie in room that is allocated once. The weights of norms and the scale of queries are
-multiplied into the matrices beforehand. Shapes: n prompts, P longest prompt, b rows (samples still
-being written), T response tokens, D width of a head, H query heads in Hkv groups of G.
+The same function as the model's own forward pass, written for sampling: a prompt is read once for
+all its samples, and the weights of norms and the scale of queries are multiplied into the matrices
+beforehand. Shapes: n prompts, P longest prompt, b rows (samples still being written), D width of a
+head, H query heads in Hkv groups.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlhf.inference.generation import Decoding, HfGenerator, Weights
+from rlhf.inference.llama_cache import open_cache
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Architectures that are this computation, as long as no layer looks at a window only."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that do not depend on the length of the text."""
-KEEP_SHARE = 0.75
-"""Prompts without rows leave the shared keys once at most this share of them has rows."""
 ROWS_HINT = 64
 """Rows of a typical product, which the layout of packed matrices depends on."""
 
@@ -206,73 +204,51 @@ class LlamaDecoding:
         self.device = weights.device
         lengths = [len(ids) for ids in prompt_ids]
         self._rotations = weights.rotations(max(lengths) + num_tokens)
-        self._lengths_n = torch.tensor(lengths, device=self.device)
-        self._prompt_b = torch.arange(len(lengths), device=self.device).repeat_interleave(repeats)
-        self._position_b = self._lengths_n[self._prompt_b]
-        self._written = 0
-        self._group_rows()
-        num_rows, size = len(self._prompt_b), weights.head_size
-        room = (num_rows, weights.num_groups, num_tokens, size)
-        dtype = weights.dtype
-        self._own = [
-            (
-                torch.empty(room, device=self.device, dtype=dtype),
-                torch.empty(room, device=self.device, dtype=dtype),
-            )
-            for _ in weights.layers
-        ]
-        self._shared: list[tuple[Tensor, Tensor]] = []
+        self._position_b = torch.tensor(lengths, device=self.device).repeat_interleave(repeats)
+        self._cache = open_cache(
+            lengths, repeats=repeats, num_tokens=num_tokens, device=self.device
+        )
         self.logits = self._read(prompt_ids).repeat_interleave(repeats, 0)
 
     def select(self, kept: Tensor) -> None:
         """Go on with some rows only."""
-        self._prompt_b, self._position_b = self._prompt_b[kept], self._position_b[kept]
-        for number, pair in enumerate(self._own):
-            self._own[number] = (self._shrunk(pair[0], kept), self._shrunk(pair[1], kept))
-        left, self._prompt_b = self._prompt_b.unique(return_inverse=True)
-        if len(left) <= KEEP_SHARE * len(self._lengths_n):
-            self._lengths_n = self._lengths_n[left]
-            end = int(self._lengths_n.max())
-            self._shared = [(k[left, :, :end], v[left, :, :end]) for k, v in self._shared]
-        else:
-            self._prompt_b = left[self._prompt_b]
-        self._group_rows()
+        self._position_b = self._position_b[kept]
+        self._cache.select(kept)
 
     def advance(self, tokens_b: Tensor) -> None:
         """Write one token per row and compute the next logits."""
         weights = self._w
         x_bh = weights.embedding[tokens_b].float()
         turns_bd = self._rotations[self._position_b].unsqueeze(1)
-        for layer, shared, own in zip(weights.layers, self._shared, self._own, strict=True):
+        for number, layer in enumerate(weights.layers):
             q, k, v = self._project(layer, x_bh, turns_bd)
-            own[0][:, :, self._written] = k
-            own[1][:, :, self._written] = v
-            mixed = self._attend(q, shared, own)
-            x_bh = self._finish(layer, x_bh, mixed.flatten(1))
-        self._written += 1
+            x_bh = self._finish(layer, x_bh, self._cache.attend(number, q, k, v))
+        self._cache.advance()
         self._position_b = self._position_b + 1
         self.logits = self._head(x_bh)
 
     def _read(self, prompt_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts, one behind the other; returns the logits behind each, [n, V]."""
+        """Read the prompts, one behind the other; returns the logits behind each, [n, V].
+
+        Attention alone sees them padded on the right, where a causal mask hides the padding.
+        """
         weights, lengths = self._w, [len(ids) for ids in prompt_ids]
         flat = torch.tensor([token for ids in prompt_ids for token in ids], device=self.device)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        shape = (len(lengths), max(lengths))
+        starts = torch.arange(len(lengths), device=self.device) * max(lengths)
+        lengths_n = torch.tensor(lengths, device=self.device)
+        places = starts.repeat_interleave(lengths_n) + positions
         x = weights.embedding[flat].float()
         turns = self._rotations[positions].unsqueeze(1)
         for layer in weights.layers:
-            q, k, v = self._project(layer, x, turns)
-            self._shared.append((_padded(k, lengths), _padded(v, lengths)))
-            mixed = torch.cat(
-                [
-                    _causal(*parts)
-                    for parts in zip(
-                        q.split(lengths), k.split(lengths), v.split(lengths), strict=True
-                    )
-                ]
+            q, k, v = (_padded(part, places, shape) for part in self._project(layer, x, turns))
+            self._cache.read(k, v)
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
             )
-            x = self._finish(layer, x, mixed.flatten(1))
-        return self._head(x[self._lengths_n.cumsum(0) - 1])
+            x = self._finish(layer, x, mixed.transpose(1, 2).flatten(2).flatten(0, 1)[places])
+        return self._head(x[lengths_n.cumsum(0) - 1])
 
     def _project(self, layer: _Layer, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return turned queries [rows, H, D], turned keys and plain values [rows, Hkv, D]."""
@@ -286,24 +262,6 @@ class LlamaDecoding:
         torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
         q, k = wide.to(values.dtype).split((heads, groups), dim=1)
         return q, k, values
-
-    def _attend(
-        self, q: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Attend to the prompt, which the rows of a prompt do together, and to the own response."""
-        weights = self._w
-        groups, size = weights.num_groups, weights.head_size
-        per_group = weights.num_heads // groups
-        q_bgGD = q.reshape(len(q), groups, per_group, size)
-        keys_n, values_n = shared
-        to_prompt = self._by_row(self._by_prompt(q_bgGD) @ keys_n.transpose(-1, -2), per_group)
-        to_prompt.masked_fill_(self._hidden_bP, -torch.inf)
-        end = self._written + 1
-        to_own = q_bgGD @ own[0][:, :, :end].transpose(-1, -2)
-        scores = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
-        on_prompt, on_own = scores.split((keys_n.shape[2], end), -1)
-        from_prompt = self._by_row(self._by_prompt(on_prompt) @ values_n, per_group)
-        return from_prompt + on_own @ own[1][:, :, :end]
 
     def _finish(self, layer: _Layer, x: Tensor, mixed: Tensor) -> Tensor:
         """Add attention and feed-forward layer to the residual stream, in place."""
@@ -320,53 +278,9 @@ class LlamaDecoding:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         return x * squares.div_(x.shape[-1]).add_(self._w.eps).rsqrt_()
 
-    def _group_rows(self) -> None:
-        """Give every row a place among its prompt's rows: prompts times `slots` places."""
-        num_prompts = len(self._lengths_n)
-        counts = torch.bincount(self._prompt_b, minlength=num_prompts)
-        self._slots = int(counts.max())
-        self._is_full = len(self._prompt_b) == num_prompts * self._slots
-        starts = counts.cumsum(0) - counts
-        rows = torch.arange(len(self._prompt_b), device=self.device)
-        self._place_b = self._prompt_b * self._slots + rows - starts[self._prompt_b]
-        columns = torch.arange(int(self._lengths_n.max()), device=self.device)
-        hidden_nP = columns >= self._lengths_n.unsqueeze(1)
-        self._hidden_bP = hidden_nP[self._prompt_b][:, None, None]
 
-    def _by_prompt(self, rows: Tensor) -> Tensor:
-        """Put the rows of a prompt side by side: [b, Hkv, G, *] to [n, Hkv, slots * G, *]."""
-        _, groups, per_group, width = rows.shape
-        places = rows
-        if not self._is_full:
-            places = rows.new_zeros(len(self._lengths_n) * self._slots, *rows.shape[1:])
-            places[self._place_b] = rows
-        folded = places.view(-1, self._slots, groups, per_group, width).transpose(1, 2)
-        return folded.reshape(-1, groups, self._slots * per_group, width)
-
-    def _by_row(self, folded: Tensor, per_group: int) -> Tensor:
-        """Undo `_by_prompt`."""
-        _, groups, _, width = folded.shape
-        unfolded = folded.view(-1, groups, self._slots, per_group, width).transpose(1, 2)
-        places = unfolded.reshape(-1, groups, per_group, width)
-        return places if self._is_full else places[self._place_b]
-
-    def _shrunk(self, room: Tensor, kept: Tensor) -> Tensor:
-        """Return room for the rows that stay, with what they wrote."""
-        smaller = room.new_empty(len(kept), *room.shape[1:])
-        smaller[:, :, : self._written] = room[kept, :, : self._written]
-        return smaller
-
-
-def _padded(rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return [tokens, Hkv, D] as [n, Hkv, P, D], zeros behind each prompt."""
-    padded = rows.new_zeros(len(lengths), rows.shape[1], max(lengths), rows.shape[2])
-    for number, part in enumerate(rows.split(list(lengths))):
-        padded[number, :, : len(part)] = part.transpose(0, 1)
-    return padded
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend within one prompt: [P, H, D] and [P, Hkv, D] to [P, H, D]."""
-    q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
-    return mixed[0].transpose(0, 1)
+def _padded(rows: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return [tokens, heads, D] as [n, heads, P, D], zeros behind each prompt."""
+    padded = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:])
+    padded[places] = rows
+    return padded.view(*shape, *rows.shape[1:]).transpose(1, 2)
