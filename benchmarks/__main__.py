@@ -67,6 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--trim", action="store_true", help="free memory between rounds, where it is short")
     add("--baseline-commit", help="what quickstart is compared with")
     add("--quickstart-rounds", type=int, default=1)
+    add("--quickstart-override", nargs="*", default=[], metavar="KEY=VALUE")
     add("--profile", nargs="*", default=[], metavar="SUITE", help="profile these instead")
     found = parser.parse_args(arguments)
     found.arguments = arguments
@@ -191,7 +192,7 @@ def _quickstart(given: argparse.Namespace, how: Settings, material: Material) ->
         stage = Stage(
             "quickstart",
             "fp32",
-            quickstart(checkouts),
+            quickstart(checkouts, given.quickstart_override),
             sizes={"baseline": _git("rev-parse", given.baseline_commit)},
             settings=how,
             material=material,

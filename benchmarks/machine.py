@@ -37,13 +37,30 @@ def parse_process(text: str) -> tuple[int, int]:
     return int(fields[1]), sum(int(value) for value in fields[11:15])
 
 
-def tree_ticks(processes: dict[int, tuple[int, int]], root: int) -> int:
-    """Add up the ticks of a process and of all that descend from it."""
+def tree(processes: dict[int, tuple[int, int]], root: int) -> set[int]:
+    """Return a process and all that descend from it, as far as they are there."""
     members, size = {root}, 0
     while len(members) > size:
         size = len(members)
         members |= {pid for pid, (parent, _) in processes.items() if parent in members}
-    return sum(processes[pid][1] for pid in members if pid in processes)
+    return members & processes.keys()
+
+
+def tree_ticks(processes: dict[int, tuple[int, int]], root: int) -> int:
+    """Add up the ticks of a process and of all that descend from it."""
+    return sum(processes[pid][1] for pid in tree(processes, root))
+
+
+def peak_megabytes(root: int) -> float:
+    """Add up the largest resident sizes that the processes of a tree have had."""
+    total = 0
+    for pid in tree(_processes(), root):
+        try:
+            status = (PROC / str(pid) / "status").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += int(field(status, "VmHWM").partition(" ")[0] or 0)
+    return total / 1024
 
 
 def read_ticks(root: int | None) -> Ticks:
@@ -73,9 +90,9 @@ def describe() -> dict[str, Any]:
     """Return processor, cores, memory and system."""
     cpu = (PROC / "cpuinfo").read_text(encoding="utf-8")
     memory = (PROC / "meminfo").read_text(encoding="ascii")
-    flags = set(cpu_field(cpu, "flags").split())
+    flags = set(field(cpu, "flags").split())
     return {
-        "cpu": cpu_field(cpu, "model name") or platform.machine(),
+        "cpu": field(cpu, "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory.split()[1]) / 2**20, 1),
         "avx512": "avx512f" in flags,
@@ -85,8 +102,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def cpu_field(text: str, name: str) -> str:
-    """Return a field of the first core in /proc/cpuinfo; "" where it is missing."""
+def field(text: str, name: str) -> str:
+    """Return the first field of this name in a file of /proc; "" where there is none."""
     for line in text.splitlines():
         key, _, value = line.partition(":")
         if key.strip() == name:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import foreign_share, read_ticks, wait_until_quiet
+from benchmarks.machine import foreign_share, peak_megabytes, read_ticks, wait_until_quiet
 
 log = logging.getLogger(__name__)
 
@@ -240,5 +240,5 @@ def measured(
         loaded=share > quiet.max_share,
         load_before=load_before,
         load_after=os.getloadavg()[0],
-        facts={**facts, "wall_seconds": wall},
+        facts={**facts, "wall_seconds": wall, "peak_memory_mb": peak_megabytes(process.pid)},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,13 @@ def _trl(
     name: str, kind: str = BEST, *, note: str, weights: str = "fp32", **arguments: Any
 ) -> Entry:
     is_default = kind == DEFAULT
-    options = {"tuned": not is_default, "weights": weights, "arguments": arguments}
+    is_grouped = "train_sampling_strategy" in arguments
+    options = {
+        "tuned": not is_default,
+        "weights": weights,
+        "arguments": arguments,
+        "length_column": is_grouped,
+    }
     only_bf16 = arguments.get("bf16") or weights == "bf16"
     return Entry(
         f"TRL {name}",
@@ -235,9 +241,9 @@ def startup() -> tuple[Entry, ...]:
     )
 
 
-def quickstart(checkouts: Mapping[str, str]) -> tuple[Entry, ...]:
+def quickstart(checkouts: Mapping[str, str], overrides: Sequence[str]) -> tuple[Entry, ...]:
     """Return the whole quickstart of each checkout: name to folder."""
-    command = ["run", "recipe=quickstart", "tracking.mode=none"]
+    command = ["run", "recipe=quickstart", "tracking.mode=none", *overrides]
     return tuple(
         _call(
             name,

@@ -58,13 +58,6 @@ def profiled(contender: Contender, request: Mapping[str, Any]) -> dict[str, Any]
     return {**answer, "table": table}
 
 
-def peak_megabytes() -> float:
-    """Return the largest resident size that this process had."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    peak = next(line for line in lines if line.startswith("VmHWM"))
-    return round(int(peak.split()[1]) / 1024, 1)
-
-
 def main() -> None:
     """Serve until standard input ends."""
     # Whatever libraries print must not be taken for an answer.
@@ -81,7 +74,7 @@ def main() -> None:
         if request.get("trim"):
             # The others need the memory while this process waits.
             ctypes.CDLL(None).malloc_trim(0)
-        answers.write(json.dumps({**do, "peak_memory_mb": peak_megabytes()}) + "\n")
+        answers.write(json.dumps(do) + "\n")
 
 
 if __name__ == "__main__":

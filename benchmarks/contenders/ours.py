@@ -218,7 +218,8 @@ def open_ppo(job: Mapping[str, Any]) -> Contender:
             heldout=[],
             config=config,
             directory=directory,
-            seed=request["round"],
+            # The warm-up has no number that a seed could be.
+            seed=max(request["round"], 0),
         )
         clock = Clock()
         with clock.running():

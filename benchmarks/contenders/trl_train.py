@@ -67,7 +67,7 @@ def _reward(job: Mapping[str, Any]) -> Contender:
     )
 
     def build(rows: list[dict[str, Any]]) -> RewardTrainer:
-        if job["options"].get("length_column"):
+        if job["options"]["length_column"]:
             lengths = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
             rows = [{**row, "length": length} for row, length in zip(rows, lengths, strict=True)]
         trainer = RewardTrainer(
@@ -76,7 +76,7 @@ def _reward(job: Mapping[str, Any]) -> Contender:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         )
-        if job["options"].get("length_column"):
+        if job["options"]["length_column"]:
             # Else the trainer drops the column that it groups by.
             trainer._set_signature_columns_if_needed()
             trainer._signature_columns = [*trainer._signature_columns, "length"]
@@ -145,4 +145,4 @@ def _arguments(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(job: Mapping[str, Any]) -> torch.dtype:
-    return DTYPES[job["options"].get("weights", "fp32")]
+    return DTYPES[job["options"]["weights"]]

@@ -8,10 +8,11 @@ import pytest
 
 from benchmarks.machine import (
     Ticks,
-    cpu_field,
+    field,
     foreign_share,
     parse_process,
     parse_stat,
+    peak_megabytes,
     read_ticks,
     tree_ticks,
     wait_until_quiet,
@@ -46,10 +47,11 @@ def test_foreign_is_busy_without_own() -> None:
 def test_this_machine_can_be_read() -> None:
     ticks = read_ticks(os.getpid())
     assert ticks.total > ticks.busy > 0
+    assert peak_megabytes(os.getpid()) > 5
     assert 0 <= wait_until_quiet(max_share=1.0, seconds=0) <= 1
 
 
 def test_a_field_of_the_processor() -> None:
     text = "processor\t: 0\nmodel name\t: A CPU @ 2 GHz\nflags\t\t: fpu avx512f\n"
-    assert cpu_field(text, "model name") == "A CPU @ 2 GHz"
-    assert cpu_field(text, "bugs") == ""
+    assert field(text, "model name") == "A CPU @ 2 GHz"
+    assert field(text, "bugs") == ""
