@@ -8,6 +8,8 @@ from typing import Any
 from benchmarks.suites import UNITS
 
 LOADED = "*"
+ONE_UNIT = ("ppo", "startup", "quickstart")
+"""Suites whose round is one unit, so that seconds say more than rates."""
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -29,12 +31,13 @@ def section(suite: Mapping[str, Any]) -> str:
         lines.append(_check(suite["check"]))
     if lines[-1]:
         lines.append("")
+    what = "seconds" if suite["suite"] in ONE_UNIT else "rate"
     lines += [
-        "| contender | settings | seconds, median | rate, median (range) | every round | MFU | "
-        "of limit | memory, MB | loss |",
+        f"| contender | settings | median seconds | median {what} (range) | {what} of every round "
+        "| MFU | of limit | memory, MB | loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_row(entry) for entry in suite["contenders"])]) + "\n"
+    return "\n".join([*lines, *(_row(entry, what) for entry in suite["contenders"])]) + "\n"
 
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -118,21 +121,21 @@ def _check(check: Mapping[str, Any]) -> str:
     )
 
 
-def _row(entry: Mapping[str, Any]) -> str:
+def _row(entry: Mapping[str, Any], what: str) -> str:
     settings = ", ".join(filter(None, [entry["note"], "tuned" if entry["tuned"] else "untuned"]))
     attempts = " ".join(
-        number(attempt["units"] / attempt["seconds"]) + (LOADED if attempt["loaded"] else "")
+        number(attempt["seconds"] if what == "seconds" else attempt["units"] / attempt["seconds"])
+        + (LOADED if attempt["loaded"] else "")
         for attempt in entry["attempts"]
-        if attempt["units"]
     )
     if not attempts:
         return f"| {entry['name']} | {settings} | {entry['problem']} | | | | | | |"
-    rate = entry["rate"]
+    shown = entry[what]
     cells = [
         entry["name"],
         settings,
         number(entry["seconds"]["median"]),
-        f"{number(rate['median'])} ({number(rate['low'])} to {number(rate['high'])})",
+        f"{number(shown['median'])} ({number(shown['low'])} to {number(shown['high'])})",
         attempts + (f"; then {entry['problem']}" if entry["problem"] else ""),
         _share(entry["mfu"]),
         _share(entry["limit_share"]),

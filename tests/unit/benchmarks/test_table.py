@@ -85,6 +85,12 @@ def test_a_page_lists_every_attempt_and_marks_loaded_ones() -> None:
     assert "1.50000" in line
 
 
+def test_a_round_of_one_unit_shows_its_seconds() -> None:
+    attempts = [{"units": 1, "seconds": 20.0, "loaded": False}]
+    shown = {**suite(row("ours", OURS, 0.05, attempts=attempts)), "suite": "ppo"}
+    assert "| 10.0 (10.0 to 10.0) | 20.0 |" in section(shown)
+
+
 def test_a_contender_without_a_round_shows_why() -> None:
     text = section(suite(row("slow", "TRL", None, problem="more than 300 s")))
     assert "| slow | tuned | more than 300 s |" in text
