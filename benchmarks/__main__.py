@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from argparse import BooleanOptionalAction
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -64,7 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-load", type=float, default=Quiet().max_share, help="others' share of the cores")
     add("--repeats", type=int, default=Quiet().repeats, help="further attempts at a loaded round")
     add("--wait-seconds", type=float, default=Quiet().wait_seconds, help="for a quiet machine")
-    add("--trim", action="store_true", help="free memory between rounds, where it is short")
+    add("--trim", action=BooleanOptionalAction, default=True, help="free memory after each turn")
     add("--baseline-commit", help="what quickstart is compared with")
     add("--quickstart-rounds", type=int, default=1)
     add("--quickstart-override", nargs="*", default=[], metavar="KEY=VALUE")

@@ -90,7 +90,8 @@ class Stage:
             process = self.start(entry)
             stack.callback(process.stop)
             self.ready[entry.name] = process.ready(settings.limit_seconds)
-            process.ask({"warmup": True, "round": -1}, seconds=settings.limit_seconds)
+            warmup = {"warmup": True, "round": -1, "trim": settings.trim}
+            process.ask(warmup, seconds=settings.limit_seconds)
         except (TooSlow, Ended) as error:
             self.problems[entry.name] = str(error)
             log.warning("%s cannot take part: %s", entry.name, error)
