@@ -48,6 +48,8 @@ def setup_torch(compute: Compute) -> torch.device:
     torch.set_num_threads(compute.num_threads)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
+    # Filling every new tensor would make reads of unwritten memory repeatable; nothing reads that.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     # Its reports of new weights say less than our errors; its bars break up the log.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

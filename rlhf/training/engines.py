@@ -173,8 +173,7 @@ class ZeroEngine:
         states = torch.load(self._own_file(path), weights_only=True)
         for part, state in zip(self._parts(), states, strict=True):
             self.optimizer.state[part] = {
-                name: value.to(part.device) if value.shape == part.shape else value
-                for name, value in state.items()
+                name: value.to(part.device) for name, value in state.items()
             }
 
     def _own_file(self, path: Path) -> Path:

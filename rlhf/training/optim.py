@@ -28,14 +28,26 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, settings: Optimizer) -> AdamW:
-    """Return AdamW over the trainable parameters of `model`."""
+def adamw(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: Optimizer, *, lr: float
+) -> AdamW:
+    """Return AdamW over the trainable ones of these parameters, in one pass over each weight.
+
+    The states are those of any AdamW; which kernel wrote them stands in a checkpoint's groups, and
+    a resumed training goes on with the same one.
+    """
     return AdamW(
-        parameter_groups(model.named_parameters(), weight_decay=settings.weight_decay),
-        lr=settings.lr,
+        parameter_groups(named_parameters, weight_decay=settings.weight_decay),
+        lr=lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
+        fused=True,
     )
+
+
+def build_optimizer(model: nn.Module, settings: Optimizer) -> AdamW:
+    """Return AdamW over the trainable parameters of `model`."""
+    return adamw(model.named_parameters(), settings, lr=settings.lr)
 
 
 def lr_factor(settings: Optimizer, *, total_steps: int) -> Callable[[int], float]:

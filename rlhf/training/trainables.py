@@ -24,7 +24,7 @@ from rlhf.models.shells import empty, fill, take_over
 from rlhf.processes import Processes
 from rlhf.training.engines import Engine, open_engine
 from rlhf.training.layout import is_shared
-from rlhf.training.optim import parameter_groups
+from rlhf.training.optim import adamw
 from rlhf.training.rollout import Roles
 
 POLICY, CRITIC = "policy", "critic"
@@ -232,10 +232,4 @@ def peak_learning_rate(config: Config, role: str) -> float:
 
 def build_optimizer(config: Config, role: str, named_parameters: Any) -> AdamW:
     """Return AdamW for one role."""
-    settings = config.ppo.optimizer
-    return AdamW(
-        parameter_groups(named_parameters, weight_decay=settings.weight_decay),
-        lr=peak_learning_rate(config, role),
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-    )
+    return adamw(named_parameters, config.ppo.optimizer, lr=peak_learning_rate(config, role))
