@@ -12,6 +12,7 @@ from rlhf.data.chat import encode_pair_side
 from rlhf.data.collate import pad_right
 from rlhf.data.records import Message
 from rlhf.errors import DataError
+from rlhf.models.padding import padding_mask
 
 
 class Scorer(Protocol):
@@ -69,7 +70,9 @@ class HfScorer:
         device = self._model.device
         output = self._model(
             input_ids=pad_right(rows, self._tokenizer.pad_token_id).to(device),
-            attention_mask=pad_right([[1] * len(row) for row in rows], 0).to(device),
+            attention_mask=padding_mask(
+                self._model, pad_right([[1] * len(row) for row in rows], 0).to(device)
+            ),
             use_cache=False,
         )
         scores_B: Tensor = output.logits.squeeze(-1).float().cpu()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf.algo.masked import at_least_float32, entropy_from_logits, token_logprobs
 from rlhf.data.collate import pad_right
+from rlhf.models.padding import padding_mask
 
 TOKENS_AT_ONCE = 4096
 """Response tokens per block of logits where no gradient is needed: 800 MB at 49,152 words."""
@@ -67,7 +68,9 @@ def pack_responses(
 def trunk_states(trunk: Any, batch: ResponseBatch) -> Tensor:
     """Run a transformer without its head; returns the states of all response tokens, [N, H]."""
     hidden_BLH: Tensor = trunk(
-        input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
+        input_ids=batch.input_ids_BL,
+        attention_mask=padding_mask(trunk, batch.attention_mask_BL),
+        use_cache=False,
     ).last_hidden_state
     return batch.hidden(hidden_BLH)
 

@@ -23,6 +23,7 @@ from rlhf.artifacts import atomic_folder, read_json
 from rlhf.config import Lora
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.heads import read_head
+from rlhf.models.padding import padding_mask
 
 POLICY = "default"
 """Name of the policy's adapter; peft writes the one with this name without a folder of its own."""
@@ -183,7 +184,9 @@ class AdapterScorer(nn.Module):
         """Score right-padded rows at their last token, shape [B, 1]."""
         with self._trunk[0].role(self._role) as model:
             hidden_BLH = model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+                input_ids=input_ids,
+                attention_mask=padding_mask(model, attention_mask),
+                use_cache=use_cache,
             ).last_hidden_state
         last_B = attention_mask.sum(1) - 1
         rows_B = torch.arange(len(last_B), device=last_B.device)

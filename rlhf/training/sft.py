@@ -15,6 +15,7 @@ from rlhf.artifacts import NodeDir
 from rlhf.config import Config, Optimizer
 from rlhf.data.chat import IGNORED, Encoded
 from rlhf.data.collate import length_grouped_order, pad_right
+from rlhf.models.padding import padding_mask
 from rlhf.training.trainer import Micro, Steps, StepTrainer, arguments, train_in_place
 
 
@@ -47,7 +48,7 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
             model,
             self.model.get_output_embeddings(),
             input_ids_BT=inputs["input_ids"],
-            attention_mask_BT=inputs["attention_mask"],
+            attention_mask_BT=padding_mask(self.model, inputs["attention_mask"]),
             positions_BT=labelled_BT,
         )
         loss_sum = -token_logprobs(logits_NV, targets_BT[labelled_BT]).sum()
@@ -64,7 +65,7 @@ def labelled_logits(
     head: nn.Module,
     *,
     input_ids_BT: Tensor,
-    attention_mask_BT: Tensor,
+    attention_mask_BT: Tensor | None,
     positions_BT: Tensor,
 ) -> Tensor:
     """Return the logits [N, V] of the N True positions only, row by row.

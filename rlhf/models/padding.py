@@ -1,0 +1,21 @@
+"""When right-padded rows need an attention mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+CAUSAL = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Architectures that use an attention mask for nothing but attention, which is causal."""
+
+
+def padding_mask(model: Any, attention_mask_BT: Tensor) -> Tensor | None:
+    """Return the mask that right-padded rows need: none where attention is causal anyway.
+
+    No token looks ahead there, so padding on the right changes padding only; without a mask the
+    faster causal kernels are taken. Sliding windows are causal, too.
+    """
+    config = getattr(model, "config", None)
+    causal = getattr(config, "model_type", None) in CAUSAL and getattr(config, "is_causal", True)
+    return None if causal else attention_mask_BT
