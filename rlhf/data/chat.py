@@ -9,9 +9,9 @@ inside an answer never becomes a special token: only the template ends a turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.data.records import Message
 from rlhf.errors import ConfigError
@@ -42,6 +42,9 @@ CHAT_TEMPLATE = r"""
 
 BOS_PREFIX = "{{- bos_token -}}"
 """Put before the template for tokenizers that start every text with BOS."""
+
+TEXTS_AT_ONCE = 1024
+"""Texts per call of a tokenizer, which takes a hundred bytes a token until it returns."""
 
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE: list[Message] = [
@@ -94,34 +97,72 @@ def encode_conversation(
 
     With `last_turn_only` earlier assistant turns are context like the user's.
     """
-    text, spans = _render(tokenizer, messages, add_generation_prompt=False)
-    pieces = _pieces(tokenizer, text, spans)
-    answers = [i for i, (is_answer, _) in enumerate(pieces) if is_answer]
-    labelled = set(answers[-1:] if last_turn_only else answers)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for i, (_, ids) in enumerate(pieces):
-        input_ids += ids
-        labels += ids if i in labelled else [IGNORED] * len(ids)
-    return Encoded(input_ids, labels)
+    return encode_conversations(tokenizer, [messages], last_turn_only=last_turn_only)[0]
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[Sequence[Message]],
+    *,
+    last_turn_only: bool = False,
+) -> list[Encoded]:
+    """Encode conversations as `encode_conversation` each, with few calls of the tokenizer."""
+    cut = [
+        _cut(tokenizer, *_render(tokenizer, messages, add_generation_prompt=False))
+        for messages in conversations
+    ]
+    ids_of = _encode(tokenizer, (piece for pieces in cut for piece in pieces))
+    return [_label(pieces, ids_of, last_turn_only=last_turn_only) for pieces in cut]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
     """Encode a prompt up to the point where the assistant's answer begins."""
-    text, spans = _render(tokenizer, prompt, add_generation_prompt=True)
-    return [token for _, ids in _pieces(tokenizer, text, spans) for token in ids]
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Sequence[Message]]
+) -> list[list[int]]:
+    """Encode prompts as `encode_prompt` each, equal ones once, with few calls of the tokenizer."""
+    keys = [tuple((turn["role"], turn["content"]) for turn in prompt) for prompt in prompts]
+    cut = {key: _cut_prompt(tokenizer, key) for key in dict.fromkeys(keys)}
+    ids_of = _encode(tokenizer, (piece for pieces in cut.values() for piece in pieces))
+    joined = {key: [i for piece in pieces for i in ids_of[piece]] for key, pieces in cut.items()}
+    return [list(joined[key]) for key in keys]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """Encode an answer as the policy would have written it, with its EOS."""
-    return [*_encode(tokenizer, response, special=False), tokenizer.eos_token_id]
+    return encode_responses(tokenizer, [response])[0]
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]
+) -> list[list[int]]:
+    """Encode answers as `encode_response` each, equal ones once, with few calls."""
+    ids_of = _encode(tokenizer, (_Piece(response) for response in responses))
+    return [[*ids_of[_Piece(response)], tokenizer.eos_token_id] for response in responses]
 
 
 def encode_pair_side(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: str
 ) -> list[int]:
     """Encode prompt, response and EOS: what a reward model scores, at the last token."""
-    return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, response)
+    return encode_pair_sides(tokenizer, [prompt], [response])[0]
+
+
+def encode_pair_sides(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    responses: Sequence[str],
+) -> list[list[int]]:
+    """Encode pair sides as `encode_pair_side` each, with few calls of the tokenizer."""
+    return [
+        prompt + response
+        for prompt, response in zip(
+            encode_prompts(tokenizer, prompts), encode_responses(tokenizer, responses), strict=True
+        )
+    ]
 
 
 def _marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -150,31 +191,70 @@ def _render(
     return texts[0], [(start, end) for start, end in spans[0]]
 
 
-def _pieces(
+class _Piece(NamedTuple):
+    """A text that is encoded by itself."""
+
+    text: str
+    is_answer: bool = True
+    """In an answer the names of special tokens are plain text."""
+    is_finished: bool = False
+    """Whether an EOS follows."""
+
+
+def _cut(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
-) -> list[tuple[bool, list[int]]]:
-    """Cut the text at the spans and encode each piece; True marks an answer."""
-    pieces: list[tuple[bool, list[int]]] = []
+) -> list[_Piece]:
+    """Cut a rendered text at the spans of its answers."""
+    eos = str(tokenizer.eos_token)
+    pieces: list[_Piece] = []
     position = 0
     for start, end in spans:
-        pieces.append((False, _encode(tokenizer, text[position:start], special=True)))
-        pieces.append((True, _encode_answer(tokenizer, text[start:end])))
+        answer = text[start:end]
+        pieces.append(_Piece(text[position:start], is_answer=False))
+        pieces.append(_Piece(answer.removesuffix(eos), is_finished=answer.endswith(eos)))
         position = end
-    pieces.append((False, _encode(tokenizer, text[position:], special=True)))
+    pieces.append(_Piece(text[position:], is_answer=False))
     return pieces
 
 
-def _encode_answer(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    eos = str(tokenizer.eos_token)
-    if text.endswith(eos):
-        return encode_response(tokenizer, text.removesuffix(eos))
-    return _encode(tokenizer, text, special=False)
+def _cut_prompt(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]
+) -> list[_Piece]:
+    prompt: list[Message] = [{"role": role, "content": content} for role, content in turns]
+    return _cut(tokenizer, *_render(tokenizer, prompt, add_generation_prompt=True))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    """Encode a piece; `special` tells whether names of special tokens in it mean those tokens."""
-    if not text:
-        return []
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
-    ids: list[int] = encoded["input_ids"]
-    return ids
+def _label(
+    pieces: Sequence[_Piece], ids_of: Mapping[_Piece, list[int]], *, last_turn_only: bool
+) -> Encoded:
+    answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
+    labelled = set(answers[-1:] if last_turn_only else answers)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for i, piece in enumerate(pieces):
+        ids = ids_of[piece]
+        input_ids += ids
+        labels += ids if i in labelled else [IGNORED] * len(ids)
+    return Encoded(input_ids, labels)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, pieces: Iterable[_Piece]
+) -> dict[_Piece, list[int]]:
+    """Encode each distinct piece once."""
+    found: dict[_Piece, list[int]] = {}
+    distinct = list(dict.fromkeys(pieces))
+    for is_answer in (False, True):
+        chosen = [piece for piece in distinct if piece.is_answer is is_answer]
+        for start in range(0, len(chosen), TEXTS_AT_ONCE):
+            block = chosen[start : start + TEXTS_AT_ONCE]
+            encoded = tokenizer(
+                [piece.text for piece in block],
+                add_special_tokens=False,
+                split_special_tokens=is_answer,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            for piece, ids in zip(block, encoded["input_ids"], strict=True):
+                found[piece] = [*ids, tokenizer.eos_token_id] if piece.is_finished else ids
+    return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data.chat import encode_pair_side
+from rlhf.data.chat import encode_pair_sides
 from rlhf.data.records import Comparison
 from rlhf.data.split import prompt_key
 from rlhf.inference.accuracy import ScoredPair
@@ -16,7 +16,7 @@ from rlhf.inference.scoring import HfScorer
 from rlhf.processes import Processes
 
 PAIRS_PER_CHUNK = 256
-"""Comparisons scored between two reports of progress."""
+"""Comparisons encoded by one call, or scored between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,21 @@ def encode(
     rows: Iterable[Comparison], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> list[Sides]:
     """Encode both sides and return the comparisons of which neither exceeds `max_length`."""
+    listed = list(rows)
     fitting = []
-    for row in rows:
-        sides = Sides(
-            row,
-            encode_pair_side(tokenizer, row.prompt, row.chosen),
-            encode_pair_side(tokenizer, row.prompt, row.rejected),
+    for start in range(0, len(listed), PAIRS_PER_CHUNK):
+        chunk = listed[start : start + PAIRS_PER_CHUNK]
+        prompts = [row.prompt for row in chunk]
+        encoded = encode_pair_sides(
+            tokenizer,
+            prompts + prompts,
+            [row.chosen for row in chunk] + [row.rejected for row in chunk],
         )
-        if max(len(sides.chosen_ids), len(sides.rejected_ids)) <= max_length:
-            fitting.append(sides)
+        for row, chosen, rejected in zip(
+            chunk, encoded[: len(chunk)], encoded[len(chunk) :], strict=True
+        ):
+            if max(len(chosen), len(rejected)) <= max_length:
+                fitting.append(Sides(row, chosen, rejected))
     return fitting
 
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.config import Sampling
-from rlhf.data.chat import encode_prompt
+from rlhf.data import chat
 from rlhf.data.collate import pad_left
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import DataError
@@ -85,10 +85,11 @@ def fitting(
     prompts: Sequence[Prompt], tokenizer: Any, *, max_new_tokens: int, max_length: int
 ) -> tuple[list[Prompt], int]:
     """Return the prompts that leave room for a response and an EOS, and how many do not."""
+    encoded = chat.encode_prompts(tokenizer, [prompt.prompt for prompt in prompts])
     kept = [
         prompt
-        for prompt in prompts
-        if len(encode_prompt(tokenizer, prompt.prompt)) + max_new_tokens < max_length
+        for prompt, ids in zip(prompts, encoded, strict=True)
+        if len(ids) + max_new_tokens < max_length
     ]
     return kept, len(prompts) - len(kept)
 
@@ -106,7 +107,7 @@ def encode_prompts(
     tokenizer: Any, prompts: Sequence[list[Message]], *, max_new_tokens: int, max_length: int
 ) -> list[list[int]]:
     """Return the tokens of each prompt; DataError for one that leaves no room for a response."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = chat.encode_prompts(tokenizer, prompts)
     for index, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > max_length:
             raise DataError(

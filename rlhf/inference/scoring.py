@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.data.chat import encode_pair_side
+from rlhf.data.chat import encode_pair_sides
 from rlhf.data.collate import pad_right
 from rlhf.data.records import Message
 from rlhf.errors import DataError
@@ -41,11 +41,7 @@ class HfScorer:
 
     def __call__(self, prompts: Sequence[list[Message]], responses: Sequence[str]) -> Tensor:
         """Score each response to its prompt; raises DataError for an over-long one."""
-        rows = [
-            encode_pair_side(self._tokenizer, prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        return self.score_ids(rows)
+        return self.score_ids(encode_pair_sides(self._tokenizer, prompts, responses))
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[list[int]]) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rlhf.algo.masked import token_logprobs
 from rlhf.config import Model, Sampling
-from rlhf.data.chat import encode_prompt
+from rlhf.data.chat import encode_prompts
 from rlhf.data.collate import pad_right
-from rlhf.data.records import Message
-from rlhf.inference.generation import Generator, Response, scoring_length
+from rlhf.data.records import Message, Prompt
+from rlhf.inference.generation import Generator, Response, fitting, scoring_length
 from rlhf.inference.generators import check_generator, open_generator
 from rlhf.inference.scoring import HfScorer, Scorer
 from rlhf.models.loading import (
@@ -32,8 +32,8 @@ TOKENS_PER_BATCH = 2048
 class Version(Protocol):
     """A chat model that answers prompts."""
 
-    def fits(self, prompt: list[Message], *, max_new_tokens: int) -> bool:
-        """Tell whether the prompt leaves room for a response of this length."""
+    def fitting(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Prompt]:
+        """Return the prompts that leave room for a response of this length and its EOS."""
 
     def generate(
         self,
@@ -66,11 +66,15 @@ class HfVersion:
         self._settings = settings
         self._generator = generator
 
-    def fits(self, prompt: list[Message], *, max_new_tokens: int) -> bool:
-        """Tell whether the prompt leaves room for a response of this length."""
-        length = len(encode_prompt(self._tokenizer, prompt))
-        # One more: an unfinished response gets an EOS when it is scored.
-        return length + max_new_tokens < self._settings.max_length
+    def fitting(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Prompt]:
+        """Return the prompts that leave room for a response of this length and its EOS."""
+        kept, _ = fitting(
+            prompts,
+            self._tokenizer,
+            max_new_tokens=max_new_tokens,
+            max_length=self._settings.max_length,
+        )
+        return kept
 
     def generate(
         self,
@@ -94,10 +98,7 @@ class HfVersion:
         temperature: float,
     ) -> list[float]:
         """Return the log-probability of each whole response under softmax(logits / temperature)."""
-        rows = [
-            (encode_prompt(self._tokenizer, prompt), response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        rows = list(zip(encode_prompts(self._tokenizer, prompts), responses, strict=True))
         longest = max((len(prompt) + len(response) for prompt, response in rows), default=1)
         size = max(1, TOKENS_PER_BATCH // longest)
         sums = []

@@ -120,11 +120,7 @@ def _fitting_prompts(context: NodeContext, versions: dict[str, Version]) -> list
     sets = [store.prompts(item.id) for item in context.inputs.of_kind("prompts")]
     prompts = [prompt for rows in sets for prompt in rows]
     length = context.config.collect.max_new_tokens
-    fitting = [
-        prompt
-        for prompt in prompts
-        if versions["newest"].fits(prompt.prompt, max_new_tokens=length)
-    ]
+    fitting = versions["newest"].fitting(prompts, max_new_tokens=length)
     if len(fitting) < len(prompts):
         log.warning("left out %d over-long prompts", len(prompts) - len(fitting))
     return fitting

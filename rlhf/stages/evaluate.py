@@ -145,7 +145,7 @@ def heldout_prompts(
     """
     config = context.config
     length = config.evaluate.sampling.max_new_tokens
-    fitting = [p for p in heldout if version.fits(p.prompt, max_new_tokens=length)]
+    fitting = version.fitting(heldout, max_new_tokens=length)
     if not fitting:
         raise DataError(
             f"the prompt sets hold {len(heldout)} held-out prompts, none of them short enough to "

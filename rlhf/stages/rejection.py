@@ -15,7 +15,7 @@ import torch
 
 from rlhf import metrics
 from rlhf.artifacts import read_jsonl
-from rlhf.data.chat import Encoded, encode_conversation
+from rlhf.data.chat import Encoded, encode_conversation, encode_conversations
 from rlhf.data.corrections import drop_gone, open_rows
 from rlhf.data.prompts import keyed_digest
 from rlhf.data.records import Prompt
@@ -188,14 +188,11 @@ def _training_rows(
     demonstrations = _demonstrations(
         context, num_rows=round(_per_share(context, winners) * share), tokenizer=tokenizer
     )
-    encoded = [
-        encode_conversation(
-            tokenizer,
-            [*row["prompt"], {"role": "assistant", "content": row["response"]}],
-            last_turn_only=True,
-        )
+    answered = (
+        [*row["prompt"], {"role": "assistant", "content": row["response"]}]
         for row in [*winners, *pool]
-    ]
+    )
+    encoded = encode_conversations(tokenizer, answered, last_turn_only=True)
     kept = [row for row in encoded if len(row.input_ids) <= config.model.max_length]
     counts = {
         "winners": len(winners),

@@ -12,7 +12,7 @@ import random
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.config import Sft
-from rlhf.data.chat import IGNORED, Encoded, encode_conversation
+from rlhf.data.chat import IGNORED, Encoded, encode_conversations
 from rlhf.data.corrections import open_rows
 from rlhf.data.records import Conversation
 from rlhf.errors import DataError
@@ -78,15 +78,11 @@ def training_rows(
     Held-out, over-long and unanswered conversations are left out and counted. Raises DataError when
     nothing is left.
     """
-    counts = {"read": len(conversations), "heldout": 0, "over_long": 0, "no_answer": 0}
+    kept = [conversation.messages for conversation in conversations if not conversation.heldout]
+    heldout = len(conversations) - len(kept)
+    counts = {"read": len(conversations), "heldout": heldout, "over_long": 0, "no_answer": 0}
     rows = []
-    for conversation in conversations:
-        if conversation.heldout:
-            counts["heldout"] += 1
-            continue
-        encoded = encode_conversation(
-            tokenizer, conversation.messages, last_turn_only=settings.last_turn_only
-        )
+    for encoded in encode_conversations(tokenizer, kept, last_turn_only=settings.last_turn_only):
         if len(encoded.input_ids) > max_length:
             counts["over_long"] += 1
         elif all(label == IGNORED for label in encoded.labels[1:]):

@@ -18,7 +18,7 @@ from rlhf.algo.advantages import gae
 from rlhf.algo.masked import whiten
 from rlhf.algo.rewards import gate, kl_per_token, no_eos_penalty, token_rewards
 from rlhf.config import Ppo
-from rlhf.data.chat import encode_prompt
+from rlhf.data.chat import encode_prompts
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import StageError
 from rlhf.inference.generation import Generator, Response
@@ -141,9 +141,14 @@ def sample_rollouts(
                 "check that reward model before training on it"
             )
     return [
-        Rollout(prompt, encode_prompt(roles.tokenizer, prompt.prompt), response, h, s)
-        for (prompt, _), response, h, s in zip(
-            chosen, responses, helpfulness_B.tolist(), safety_B.tolist(), strict=True
+        Rollout(prompt, prompt_ids, response, h, s)
+        for (prompt, _), prompt_ids, response, h, s in zip(
+            chosen,
+            encode_prompts(roles.tokenizer, conversations),
+            responses,
+            helpfulness_B.tolist(),
+            safety_B.tolist(),
+            strict=True,
         )
     ]
 

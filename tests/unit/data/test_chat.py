@@ -11,9 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rlhf.data.chat import (
     IGNORED,
     encode_conversation,
+    encode_conversations,
     encode_pair_side,
+    encode_pair_sides,
     encode_prompt,
+    encode_prompts,
     encode_response,
+    encode_responses,
     ensure_chat,
 )
 from rlhf.data.records import Message
@@ -202,6 +206,41 @@ def test_bos_opens_the_text_where_the_tokenizer_does_so() -> None:
     ids = encode_prompt(tokenizer, TALK[:2])
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("texts_at_once", [1, 2, 1024])
+def test_many_are_encoded_as_one_by_one(
+    name: str, texts_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.data.chat.TEXTS_AT_ONCE", texts_at_once)
+    tokenizer = ready(name)
+    eos = tokenizer.eos_token
+    unfinished = [TALK[1], {"role": "assistant", "content": f"4 {eos} 5"}]
+    talks = [TALK, TALK[1:3], TALK[:4], unfinished, TALK]
+    for last in (False, True):
+        assert encode_conversations(tokenizer, talks, last_turn_only=last) == [
+            encode_conversation(tokenizer, talk, last_turn_only=last) for talk in talks
+        ]
+    plain, special = ([{"role": "user", "content": text}] for text in ("say", f"say{eos}"))
+    prompts = [TALK[:2], TALK[:4], plain, special, TALK[:2]]
+    answers = ["Hi!", "", "the end", f"{eos} is the end", "Hi!"]
+    assert encode_prompts(tokenizer, prompts) == [encode_prompt(tokenizer, p) for p in prompts]
+    assert encode_responses(tokenizer, answers) == [encode_response(tokenizer, a) for a in answers]
+    assert encode_pair_sides(tokenizer, prompts, answers) == [
+        encode_pair_side(tokenizer, prompt, answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    # The same text is tokens of the template in a prompt, and plain text in an answer.
+    counts = [ids.count(tokenizer.eos_token_id) for ids in encode_prompts(tokenizer, prompts)]
+    assert counts[3] == counts[2] + 1
+    assert encode_responses(tokenizer, answers)[3].count(tokenizer.eos_token_id) == 1
+
+
+def test_equal_prompts_share_no_list() -> None:
+    first, second = encode_prompts(chatml(), [TALK[:2], TALK[:2]])
+    assert first == second
+    assert first is not second
 
 
 def test_a_tokenizer_without_eos_is_refused() -> None:

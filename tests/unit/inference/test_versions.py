@@ -10,6 +10,7 @@ import torch
 from rlhf.artifacts import NodeDir
 from rlhf.config import Compute, Config, Evaluate, Model, Sampling
 from rlhf.data.chat import encode_prompt
+from rlhf.data.records import Prompt
 from rlhf.errors import ArtifactError
 from rlhf.inference.generation import HfGenerator
 from rlhf.inference.versions import HfVersion, open_scorer, open_version
@@ -60,10 +61,11 @@ def test_logprobs_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) 
     assert version().logprobs([], [], temperature=1.0) == []
 
 
-def test_fits_leaves_room_for_a_response_and_its_eos() -> None:
+def test_fitting_prompts_leave_room_for_a_response_and_its_eos() -> None:
+    asked = Prompt(id="a", prompt=PROMPTS[0], is_safety=False, source="test")
     length = len(encode_prompt(tokenizer(), PROMPTS[0]))
-    assert version().fits(PROMPTS[0], max_new_tokens=64 - length - 1)
-    assert not version().fits(PROMPTS[0], max_new_tokens=64 - length)
+    assert version().fitting([asked], max_new_tokens=64 - length - 1) == [asked]
+    assert version().fitting([asked], max_new_tokens=64 - length) == []
 
 
 def make_context(folder: Path) -> NodeContext:

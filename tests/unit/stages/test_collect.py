@@ -33,8 +33,12 @@ class StubVersion:
         self.limit = limit
         self.calls: list[tuple[float, int]] = []
 
-    def fits(self, prompt: list[Message], *, max_new_tokens: int) -> bool:
-        return len(prompt[-1]["content"]) + max_new_tokens < self.limit
+    def fitting(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Prompt]:
+        return [
+            prompt
+            for prompt in prompts
+            if len(prompt.prompt[-1]["content"]) + max_new_tokens < self.limit
+        ]
 
     def generate(
         self,

@@ -48,8 +48,8 @@ class StubVersion:
         self.finished = finished
         self.keys: list[str] = []
 
-    def fits(self, prompt: list[Message], *, max_new_tokens: int) -> bool:
-        return True
+    def fitting(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Prompt]:
+        return list(prompts)
 
     def generate(
         self,
@@ -303,7 +303,7 @@ def test_a_short_kind_leaves_its_share_to_the_others() -> None:
 def test_no_heldout_prompt_is_a_user_error(store: Path, tmp_path: Path) -> None:
     context = make_context(store, tmp_path)
     version = StubVersion(always(GOOD))
-    version.fits = lambda prompt, *, max_new_tokens: False  # type: ignore[method-assign]
+    version.fitting = lambda prompts, *, max_new_tokens: []  # type: ignore[method-assign]
     with pytest.raises(DataError, match=r"held-out prompts, none .* model\.max_length"):
         Stubs(version, version).run(context)
 
