@@ -172,7 +172,9 @@ def status(config: Config, *, verify: str) -> int:
     drafted, folder, out = frozen_plan(config), run_dir(config), console()
     jobs = operator.known_jobs(config, out)
     title = f"run {config.run} in {folder}"
-    table = Table(Column("node", no_wrap=True), "state", "step", "time", "left", title=title)
+    table = Table(
+        Column("node", no_wrap=True), "state", "step", "time", "left", "peak", title=title
+    )
     if jobs:
         table.add_column("job", overflow="fold")
     ended: dict[str, str] = {}
@@ -183,7 +185,8 @@ def status(config: Config, *, verify: str) -> int:
         left = duration(state.eta) if state.eta is not None else ""
         silent = state.silent is not None and state.silent > SILENT_SECONDS
         shown = _coloured(state.state) + (f", no step for {duration(state.silent)}" * silent)
-        cells = [node.name, shown, step, spent, left]
+        peak = f"{state.peak_memory_mb:.0f} MB" if state.peak_memory_mb else ""
+        cells = [node.name, shown, step, spent, left, peak]
         table.add_row(*cells, *([operator.describe_job(job)] if jobs else []))
         failure = operator.failure_of(folder / node.name, job)
         is_over = state.state in ("stopped", "waiting") and not (job and job.is_alive)

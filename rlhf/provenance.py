@@ -8,6 +8,8 @@ import platform
 import resource
 import socket
 import subprocess
+import sys
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -96,5 +98,21 @@ def origin() -> dict[str, Any]:
 
 
 def peak_memory_mb() -> float:
-    """Return the largest resident size of this process so far, in MB."""
+    """Return the largest resident size of this process so far, in MB.
+
+    A forked process counts from its fork on, with what it shares with its parent then. The kernel's
+    ru_maxrss would also count what the process was before it became this program.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def peak_gpu_memory_mb() -> float | None:
+    """Return the most that torch reserved on this process's GPU, in MB; None without a GPU."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_reserved() / 2**20, 1)

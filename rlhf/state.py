@@ -46,6 +46,8 @@ class NodeState:
     seconds: float
     eta: float | None
     silent: float | None = None
+    peak_memory_mb: float | None = None
+    """Of a finished node's largest process."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as a JSON row."""
@@ -62,9 +64,15 @@ def node_state(run_dir: Path, node: Node) -> NodeState:
     folder = run_dir / node.name
     progress = read_progress(folder)
     if NodeDir(folder).is_done():
-        seconds = read_json(folder / "manifest.json")["wall_seconds"]
+        manifest = read_json(folder / "manifest.json")
         return NodeState(
-            node.name, "done", progress["total"], progress["total"], float(seconds), None
+            node.name,
+            "done",
+            progress["total"],
+            progress["total"],
+            float(manifest["wall_seconds"]),
+            None,
+            peak_memory_mb=manifest.get("peak_memory_mb"),
         )
     holder = Lease(folder).read() if folder.exists() else None
     running = holder is not None and not is_gone(holder, now=time.time())

@@ -53,7 +53,7 @@ from rlhf.lease import Lease
 from rlhf.nodes import Inputs, Node, NodeContext, node_seed
 from rlhf.plan import Plan
 from rlhf.processes import FOLDER, RANK, join
-from rlhf.provenance import environment, origin, peak_memory_mb
+from rlhf.provenance import environment, origin
 from rlhf.resolve import Resolver, inputs_from_json, inputs_to_json, verify
 from rlhf.state import (
     CONFIG,
@@ -319,7 +319,6 @@ def _manifest_entries(
         **provenance["environment"],
         **origin(),
         "device_name": device_name(config, node.stage),
-        "peak_memory_mb": peak_memory_mb(),
         "exact": provenance["exact"],
     }
 

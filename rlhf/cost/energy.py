@@ -1,4 +1,4 @@
-"""What a node took: device-seconds and energy, over all its processes, machines and starts.
+"""What a node took: device-seconds, energy, memory, over all its processes, machines and starts.
 
 Every process measures itself and writes one small file; the node's first process adds all files up.
 A start that was killed leaves its file behind, so that a resumed node counts it too. Time that a
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rlhf.cost.counters import (
     processor_counters,
 )
 from rlhf.processes import LOCAL_RANK
+from rlhf.provenance import peak_gpu_memory_mb, peak_memory_mb
 
 FOLDER = "energy"
 BEAT_SECONDS = 2.0
@@ -56,10 +57,8 @@ class Used:
     seconds: float = 0.0
     joules: float | None = None
     source: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as the process's file holds it."""
-        return {"seconds": self.seconds, "joules": self.joules, "source": self.source}
+    peak_memory_mb: float = 0.0
+    peak_gpu_memory_mb: float | None = None
 
 
 class Meter:
@@ -104,6 +103,8 @@ class Meter:
             if now is not None and self._last is not None:
                 self._add(self._last, now)
             self._last = now
+            self.used.peak_memory_mb = peak_memory_mb()
+            self.used.peak_gpu_memory_mb = peak_gpu_memory_mb()
             # A full disk must not end a node that could still save its state.
             with suppress(OSError):
                 self._write()
@@ -141,7 +142,7 @@ class Meter:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(json.dumps(self.used.to_json()), encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(self.used)), encoding="utf-8")
         temporary.replace(self.path)
 
 
@@ -158,9 +159,10 @@ def processor_share(before: Reading, now: Reading) -> float:
 
 
 def node_usage(folder: Path, config: Config, *, watts: float) -> dict[str, Any]:
-    """Return the manifest's entries about energy: the sum of all processes and starts of a node.
+    """Return the manifest's entries about time, energy and memory.
 
-    Measured only if every process was; else device-seconds times the configured watts.
+    Time and energy are sums over all processes and starts of a node, memory is the largest
+    process's. Measured only if every process was; else device-seconds times the configured watts.
     """
     parts = []
     for path in sorted((folder / FOLDER).glob("*.json")):
@@ -175,7 +177,14 @@ def node_usage(folder: Path, config: Config, *, watts: float) -> dict[str, Any]:
         kwh, method = device_kwh(seconds / SECONDS_PER_HOUR, watts=watts), "estimated"
         sources = f"{watts:g} W per device; not measured: {sources or 'no process left a reading'}"
     energy = {"kwh": kwh, "method": method, "source": sources, "co2_kg": _co2(kwh, config.cost)}
-    return {"device_seconds": round(seconds, 3), "energy_kwh": kwh, "energy": energy}
+    on_gpu = [part.get("peak_gpu_memory_mb") for part in parts]
+    return {
+        "device_seconds": round(seconds, 3),
+        "energy_kwh": kwh,
+        "energy": energy,
+        "peak_memory_mb": max((part.get("peak_memory_mb", 0.0) for part in parts), default=0.0),
+        "peak_gpu_memory_mb": max((mb for mb in on_gpu if mb is not None), default=None),
+    }
 
 
 def drop_readings(folder: Path) -> None:

@@ -5,6 +5,7 @@ Nodes run in real processes forked by the real server.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -645,3 +646,30 @@ def test_a_node_for_several_machines_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"resources\.ppo\.nodes=2 cannot work with rlhf run"):
         go(overrides)
     assert not folder_of(overrides).exists()
+
+
+def test_a_job_computes_in_the_environment_of_a_node_that_is_started_here(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads and allocator count from a process's very start, so `rlhf stage` starts once more."""
+    for name in ("GLIBC_TUNABLES", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    overrides = small_run()
+    prepared = runner.prepare(compose.load(overrides), Console(file=StringIO()), stages=FAKES)
+    code = (
+        "import json, os, sys\n"
+        "def execve(path, arguments, environment):\n"
+        "    print(json.dumps([arguments, dict(environment)]), flush=True)\n"
+        "    os._exit(0)\n"
+        "os.execve = execve\n"
+        "from rlhf.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    where = [f"run={prepared.config.run}", f"paths.runs={prepared.config.paths.runs}"]
+    command = [sys.executable, "-c", code, "stage", "sft", *where]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    arguments, environment = json.loads(done.stdout)
+    assert arguments[1:5] == ["-m", "rlhf.cli", "stage", "sft"]
+    expected = worker.process_environment(prepared.config)
+    assert "mmap_threshold" in expected["GLIBC_TUNABLES"]
+    assert expected.items() <= environment.items()

@@ -11,6 +11,7 @@ from rlhf.report.gather.sources import Done, Row, Run, at
 NODE_FIELDS = (
     "wall_seconds",
     "peak_memory_mb",
+    "peak_gpu_memory_mb",
     "exact",
     "git_commit",
     "source_hash",

@@ -140,7 +140,11 @@ def test_nodes_side_by_side_share_a_machine_by_processor_time() -> None:
     assert processor_share(before, Reading(1.0, (), own=19.0, busy=104.0)) == 1.0
 
 
-def test_a_process_measures_seconds_and_joules(tmp_path: Path) -> None:
+def test_a_process_measures_seconds_and_joules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "peak_memory_mb", lambda: 123.5)
+    monkeypatch.setattr(energy, "peak_gpu_memory_mb", lambda: 2048.0)
     counter = Scripted(100.0, 160.0, 190.0)
     meter = Meter(
         tmp_path, has_gpu=False, clock=clock(0.0, 10.0, 15.0), processor=([counter], "RAPL (x)")
@@ -150,6 +154,8 @@ def test_a_process_measures_seconds_and_joules(tmp_path: Path) -> None:
         "seconds": 10.0,
         "joules": 60.0,
         "source": "RAPL (x)",
+        "peak_memory_mb": 123.5,
+        "peak_gpu_memory_mb": 2048.0,
     }
     meter.stop()
     meter.stop()
@@ -241,3 +247,20 @@ def test_watts_of_a_device() -> None:
     config = config_of("compute.num_threads=4", "cost.watts_per_core=8", "cost.watts_per_gpu=350")
     assert device_watts(config, has_gpu=False) == 32.0
     assert device_watts(config, has_gpu=True) == 350.0
+
+
+def test_memory_is_that_of_the_largest_process_of_all_starts(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    used = {"seconds": 1.0, "joules": None, "source": ""}
+    peaks = [(700.5, None), (900.0, 2048.0), (100.0, 4096.5)]
+    for number, (memory, on_gpu) in enumerate(peaks):
+        row = {**used, "peak_memory_mb": memory, "peak_gpu_memory_mb": on_gpu}
+        (folder / f"{number}.json").write_text(json.dumps(row))
+    (folder / "of-an-older-version.json").write_text(json.dumps(used))
+    found = node_usage(tmp_path, config_of(), watts=100.0)
+    assert (found["peak_memory_mb"], found["peak_gpu_memory_mb"]) == (900.0, 4096.5)
+    for number in (1, 2):
+        (folder / f"{number}.json").unlink()
+    found = node_usage(tmp_path, config_of(), watts=100.0)
+    assert (found["peak_memory_mb"], found["peak_gpu_memory_mb"]) == (700.5, None)
