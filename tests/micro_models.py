@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rlhf.artifacts import JsonlLog, NodeDir, read_jsonl
 from rlhf.config import Checkpoint, Compute, Config, Optimizer
@@ -20,6 +28,26 @@ from rlhf.training.sft import fine_tune
 PAD, EOS = 0, 1
 VOCAB_SIZE = 687
 """Above every token of the toy tokenizer and of the random rows below."""
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+}
+ARCHITECTURES: list[PreTrainedConfig] = [
+    LlamaConfig(**SIZES),
+    MistralConfig(**SIZES, sliding_window=None),
+    MistralConfig(**SIZES, sliding_window=6),
+    Qwen2Config(**SIZES),
+    Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    Qwen3Config(**SIZES),
+]
+"""One of each causal architecture that has a fast path here, with and without a sliding window."""
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,7 @@ from rlhf.artifacts import NodeDir, atomic_folder
 from rlhf.config import Compute, Lora, Model, Precision
 from rlhf.data.chat import ensure_chat
 from rlhf.errors import ArtifactError, ConfigError
+from rlhf.models.fused import fuse_norms
 from rlhf.models.heads import HEAD, init_head
 from rlhf.toy.model import build_model, build_tokenizer
 
@@ -49,7 +50,7 @@ def setup_torch(compute: Compute) -> torch.device:
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor would make reads of unwritten memory repeatable; nothing reads that.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Its reports of new weights say less than our errors; its bars break up the log.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -84,13 +85,14 @@ def load_policy(path: str | Path, *, model: Model, seed: int) -> PreTrainedModel
     if str(path) == TOY:
         policy = build_model(seed)
         policy.set_attn_implementation(model.attention)
+        fuse_norms(policy)
         return policy.eval()
     policy, info = AutoModelForCausalLM.from_pretrained(
         _folder(path), config=_config(path), **_load_options(model)
     )
     tied = set(policy._tied_weights_keys or ()) if policy.config.tie_word_embeddings else set()
     _refuse_odd_weights(path, info, new=tied, unused=set())
-    return _fit_to_tokenizer(policy, load_tokenizer(path)).eval()
+    return _prepare(policy, load_tokenizer(path)).eval()
 
 
 def load_reward_model(
@@ -115,7 +117,7 @@ def load_reward_model(
         init_head(scorer, seed=seed)
     else:
         _refuse_odd_weights(path, info, new=set(), unused=set())
-    return _fit_to_tokenizer(scorer, load_tokenizer(path)).eval()
+    return _prepare(scorer, load_tokenizer(path)).eval()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -205,8 +207,8 @@ def _refuse_odd_weights(
             )
 
 
-def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Give a token that was added to the tokenizer a row of zeros, and agree on special tokens."""
+def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Give a new token of the tokenizer a row of zeros, agree on special tokens, fuse the norms."""
     embeddings = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         old = embeddings.num_embeddings
@@ -215,6 +217,7 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
                 layer.weight[old:] = 0.0
         log.info("%d token rows added for the tokenizer's new tokens", len(tokenizer) - old)
+    fuse_norms(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     if model.can_generate():

@@ -1,46 +1,19 @@
 """Right-padded rows without a mask: the real tokens see what they saw, whichever kernel is used."""
 
-from typing import Any
-
 import micro_models as micro
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from rlhf.data.collate import pad_right
 from rlhf.models.padding import CAUSAL, padding_mask
 
-SIZES: dict[str, Any] = {
-    "vocab_size": micro.VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "pad_token_id": micro.PAD,
-}
-ARCHITECTURES = [
-    LlamaConfig(**SIZES),
-    MistralConfig(**SIZES, sliding_window=None),
-    MistralConfig(**SIZES, sliding_window=6),
-    Qwen2Config(**SIZES),
-    Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    Qwen3Config(**SIZES),
-]
-
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "config", ARCHITECTURES, ids=lambda c: f"{c.model_type}-{getattr(c, 'sliding_window', None)}"
+    "config",
+    micro.ARCHITECTURES,
+    ids=lambda c: f"{c.model_type}-{getattr(c, 'sliding_window', None)}",
 )
 def test_padding_without_a_mask_changes_nothing(config: PreTrainedConfig, attention: str) -> None:
     rows = micro.token_lists(4)
@@ -59,13 +32,13 @@ def test_padding_without_a_mask_changes_nothing(config: PreTrainedConfig, attent
 
 
 def test_every_causal_architecture_is_tried() -> None:
-    assert {config.model_type for config in ARCHITECTURES} == CAUSAL
+    assert {config.model_type for config in micro.ARCHITECTURES} == CAUSAL
 
 
 def test_others_keep_their_mask() -> None:
     """A bidirectional Llama, an architecture nobody looked at, and a module without a config."""
     mask_BT = torch.ones(2, 3)
-    bidirectional = LlamaConfig(**SIZES)
+    bidirectional = LlamaConfig(**micro.SIZES)
     bidirectional.is_causal = False
     for config in (bidirectional, PreTrainedConfig(), None):
         model = torch.nn.Linear(1, 1)
