@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlhf import tracking
 from rlhf.artifacts import NodeDir, read_json, write_json, write_text
 from rlhf.compose import RUN_FILE, freeze, run_dir
 from rlhf.config import Annotators, Config, OnChange
@@ -118,7 +119,8 @@ def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES)
         console.print(f"[dim]batches waiting for a later round: {', '.join(left)}[/dim]")
     used = {node.stage: stages[node.stage] for node in todo}
     environment = process_environment(config)
-    with NodeServer(folder, stages=used, environment=environment) as server:
+    preload = tracking.preload(config)
+    with NodeServer(folder, stages=used, environment=environment, preload=preload) as server:
         try:
             failed = _run_nodes(server, prepared, console)
         except KeyboardInterrupt:

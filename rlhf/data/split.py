@@ -10,6 +10,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 from rlhf.data.records import Message
 from rlhf.errors import DataError
@@ -31,9 +32,14 @@ def prompt_key(messages: Sequence[Message]) -> str:
     """Return a hash of the normalised first user turn: the cluster of intervals and splits."""
     for message in messages:
         if message["role"] == "user":
-            text = fold_text(message["content"])
-            return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+            return _key_of(message["content"])
     raise DataError("a conversation without a user turn has no prompt; add one")
+
+
+@lru_cache(maxsize=16384)
+def _key_of(text: str) -> str:
+    """Return a text's key; stages ask for the same prompts many times over."""
+    return hashlib.blake2b(fold_text(text).encode(), digest_size=16).hexdigest()
 
 
 def is_heldout(messages: Sequence[Message], *, share: float, salt: str) -> bool:

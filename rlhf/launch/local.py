@@ -7,6 +7,7 @@ ends with the process that started it, and a node with the server, even after ki
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -38,18 +39,27 @@ REAP_SECONDS = 0.1
 class NodeServer:
     """Starts nodes, each in a process of its own, and says when one has ended.
 
+    The server imports `preload`, then the modules of the stages, before it starts the first node.
     Use it from the main thread: the server ends with the thread that started it.
     """
 
     def __init__(
-        self, run_dir: Path, *, stages: Mapping[str, str], environment: Mapping[str, str]
+        self,
+        run_dir: Path,
+        *,
+        stages: Mapping[str, str],
+        environment: Mapping[str, str],
+        preload: Sequence[str] = (),
     ) -> None:
         self.run_dir = run_dir
         self.stages = dict(stages)
         self.running: set[str] = set()
         self._log = (run_dir / SERVER_LOG).open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf.launch.local", str(os.getpid()), *stages.values()],
+            [
+                *(sys.executable, "-m", "rlhf.launch.local", str(os.getpid())),
+                *(*preload, *stages.values()),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -126,6 +136,9 @@ def serve(parent: int, preload: Sequence[str]) -> None:
             log.exception("cannot import %s; its nodes will say so again", module)
     for look_up_once in (versions, source_hash, git_commit):
         look_up_once()
+    # Nodes need not look for garbage among the libraries, nor copy those pages by doing so.
+    gc.collect()
+    gc.freeze()
     children: dict[int, str] = {}
     # Unbuffered, so that no request hides from select in a buffer.
     requests = os.fdopen(0, "rb", buffering=0)

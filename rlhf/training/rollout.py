@@ -107,9 +107,12 @@ def iteration_prompts(
     follows from the iteration alone.
     """
     chosen = []
+    orders: dict[int, Any] = {}
     for position in range(iteration * batch_size, (iteration + 1) * batch_size):
         epoch, index = divmod(position, len(prompts))
-        prompt = prompts[np.random.default_rng([seed, epoch]).permutation(len(prompts))[index]]
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        prompt = prompts[orders[epoch][index]]
         # A prompt may come twice in an iteration, from two epochs, and gets two samples.
         chosen.append((prompt, f"{seed}/{iteration}/{epoch}/{prompt.id}"))
     return chosen

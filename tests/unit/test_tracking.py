@@ -13,7 +13,7 @@ import pytest
 from rlhf.artifacts import NodeDir, read_jsonl
 from rlhf.config import Config, Tracking, TrackingMode
 from rlhf.errors import STOPPED_EXIT, StageError, Stopped
-from rlhf.tracking import Tracker, tracking_id
+from rlhf.tracking import Tracker, preload, tracking_id
 
 NODE = "round-01/ppo"
 
@@ -108,6 +108,7 @@ def test_the_id_is_stable_per_run_and_node(monkeypatch, tmp_path) -> None:
 
 def test_none_never_imports_wandb(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
+    assert preload(make_config(TrackingMode.none)) == []
     assert len(train(make_config(TrackingMode.none), tmp_path)) == 4
     assert not (tmp_path / "wandb").exists()
 
@@ -168,3 +169,5 @@ def test_the_real_wandb_writes_offline_and_resumes(tmp_path) -> None:
     runs = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert all(name.endswith(tracking_id("my-run", NODE)) for name in runs)
+    # What the server of nodes imports ahead is what an opened run needs, under its present name.
+    assert set(preload(make_config())) <= set(sys.modules)
