@@ -44,7 +44,8 @@ def grow(stages: Mapping[str, Stage]) -> list[dict[str, Any]]:
             if stage.open(stack, entry) is None:
                 raise SystemExit(f"no growth: {stage.problems[entry.name]}")
         rows = stages["sft"].sizes["steps"] * stages["sft"].sizes["batch_size"]
-        for axis in axes(min(16, rows)):
+        longest = stages["growth"].settings.max_length // 4
+        for axis in axes(min(16, rows), longest=longest):
             stage = stages[axis.suite]
             outcomes = interleave(
                 [str(value) for value in axis.values],
@@ -71,10 +72,10 @@ def _attempt(stage: Stage, axis: Axis, value: str, number: int) -> Attempt:
     return stage.attempt(stage.entries[0].name, number, request=request)
 
 
-def axes(largest: int) -> tuple[Axis, ...]:
-    """Return the axes; `largest` is the greatest K and number of rows."""
+def axes(largest: int, *, longest: int) -> tuple[Axis, ...]:
+    """Return the axes: `largest` bounds K, prompts and rows, `longest` is a length in tokens."""
     counts = tuple(2**power for power in range(largest.bit_length()) if 2**power <= largest)
-    lengths = (32, 64, 128, 256)
+    lengths = tuple(longest // part for part in (8, 4, 2, 1))
     return (
         Axis("samples per prompt (K)", "growth", "samples", counts),
         Axis("prompts", "growth", "prompts", counts),

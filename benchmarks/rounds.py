@@ -240,5 +240,5 @@ def measured(
         loaded=share > quiet.max_share,
         load_before=load_before,
         load_after=os.getloadavg()[0],
-        facts={**facts, "wall_seconds": wall, "peak_memory_mb": peak_megabytes(process.pid)},
+        facts={"peak_memory_mb": peak_megabytes(process.pid), **facts, "wall_seconds": wall},
     )

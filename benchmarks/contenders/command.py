@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -27,7 +28,9 @@ def open_contender(job: Mapping[str, Any]) -> Contender:
         if options["fresh"]:
             shutil.rmtree(scratch)
             scratch.mkdir()
-        return {"seconds": _call(options["command"], scratch, environment), "units": 1}
+        seconds = _call(options["command"], scratch, environment)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        return {"seconds": seconds, "units": 1, "peak_memory_mb": peak}
 
     return Contender(once, {"command": " ".join(options["command"][1:])})
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.growth import axes, judge, slope
 
-AXIS = axes(8)[0]
+AXIS = axes(8, longest=64)[0]
 
 
 def test_the_slope_of_a_power_is_its_exponent() -> None:
@@ -21,8 +21,9 @@ def test_the_slope_is_of_least_squares() -> None:
 
 
 def test_counts_are_powers_of_two() -> None:
-    assert axes(8)[0].values == (1, 2, 4, 8)
-    assert axes(12)[0].values == (1, 2, 4, 8)
+    assert axes(8, longest=64)[0].values == (1, 2, 4, 8)
+    assert axes(12, longest=64)[0].values == (1, 2, 4, 8)
+    assert axes(8, longest=64)[2].values == (8, 16, 32, 64)
 
 
 def test_linear_cost_is_within() -> None:
