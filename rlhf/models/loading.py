@@ -29,7 +29,7 @@ from rlhf.artifacts import NodeDir, atomic_folder
 from rlhf.config import Compute, Lora, Model, Precision
 from rlhf.data.chat import ensure_chat
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.models.fused import fuse_norms
+from rlhf.models.fused import fuse
 from rlhf.models.heads import HEAD, init_head
 from rlhf.toy.model import build_model, build_tokenizer
 
@@ -85,7 +85,7 @@ def load_policy(path: str | Path, *, model: Model, seed: int) -> PreTrainedModel
     if str(path) == TOY:
         policy = build_model(seed)
         policy.set_attn_implementation(model.attention)
-        fuse_norms(policy)
+        fuse(policy)
         return policy.eval()
     policy, info = AutoModelForCausalLM.from_pretrained(
         _folder(path), config=_config(path), **_load_options(model)
@@ -208,7 +208,7 @@ def _refuse_odd_weights(
 
 
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Give a new token of the tokenizer a row of zeros, agree on special tokens, fuse the norms."""
+    """Give a new token of the tokenizer a row of zeros, agree on special tokens, and fuse."""
     embeddings = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         old = embeddings.num_embeddings
@@ -217,7 +217,7 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
                 layer.weight[old:] = 0.0
         log.info("%d token rows added for the tokenizer's new tokens", len(tokenizer) - old)
-    fuse_norms(model)
+    fuse(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     if model.can_generate():

@@ -1,4 +1,4 @@
-"""Fused norms against the modules of transformers."""
+"""Fused norms and rotations against the modules of transformers."""
 
 import copy
 import logging
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig
 
 from rlhf.config import Lora
-from rlhf.models.fused import RmsNorm, fuse_norms
+from rlhf.models.fused import RmsNorm, Rotation, fuse
 from rlhf.models.loading import add_adapter, merge_adapter
 
 
@@ -20,7 +20,31 @@ def test_norm_by_hand() -> None:
     assert RmsNorm.apply(x, weight, 3.5).tolist() == [[1.5, 0.5]]
 
 
-def test_gradients_in_float64() -> None:
+def test_rotation_by_hand() -> None:
+    """A quarter turn takes (x1, x2) to (-x2, x1); the gradient goes the other way."""
+    x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]], requires_grad=True)
+    quarter = torch.tensor([0.0] * 4), torch.tensor([1.0] * 4)
+    turned, _ = Rotation.apply(x, x.detach(), *quarter)
+    assert turned.flatten().tolist() == [-3.0, -4.0, 1.0, 2.0]
+    turned.backward(x.detach())
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [3.0, 4.0, -1.0, -2.0]
+
+
+def test_gradient_of_the_rotation_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, angles = (
+        torch.randn(size, dtype=torch.float64, generator=generator)
+        for size in ((2, 4, 3, 6), (2, 2, 3, 6), (2, 1, 3, 3))
+    )
+    both = torch.cat((angles, angles), -1)
+    assert torch.autograd.gradcheck(
+        lambda q, k: Rotation.apply(q, k, both.cos(), both.sin()),
+        (queries.requires_grad_(), keys.requires_grad_()),
+    )
+
+
+def test_gradient_of_the_norm_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = (
         torch.randn(size, dtype=torch.float64, generator=generator).requires_grad_()
@@ -46,8 +70,9 @@ def test_model_learns_the_same(config: PreTrainedConfig, checkpointing: bool) ->
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config)
     fused = copy.deepcopy(plain)
-    fuse_norms(fused)
-    assert any(type(module).__name__.startswith("Fused") for module in fused.modules())
+    fuse(fused)
+    kinds = {type(module).__name__ for module in fused.modules()}
+    assert {kind[:5] for kind in kinds if kind.endswith(("RMSNorm", "Attention"))} == {"Fused"}
     twin = copy.deepcopy(fused)
     expected = losses_and_gradients(plain, checkpointing=False)
     for model in (fused, twin):
@@ -62,7 +87,7 @@ def test_frozen_norms_under_an_adapter() -> None:
     for fuses in (False, True):
         model = micro.policy()
         if fuses:
-            fuse_norms(model)
+            fuse(model)
         wrapped = add_adapter(model, Lora(enabled=True, rank=4), task_type="CAUSAL_LM", seed=0)
         found.append(losses_and_gradients(wrapped, checkpointing=False))
         assert all("norm" not in name for name in found[-1])
@@ -75,9 +100,12 @@ def test_autocast_equals_the_plain_module() -> None:
     """Half precision goes to the plain module: the same bits."""
     model = micro.policy()
     fused = copy.deepcopy(model)
-    fuse_norms(fused)
+    fuse(fused)
     half = torch.randn(3, 32).bfloat16()
     assert torch.equal(fused.model.norm(half), model.model.norm(half))
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(copy.deepcopy(fused).half()(tokens).logits, model.half()(tokens).logits)
+    model.float()
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = (
             losses_and_gradients(one, checkpointing=False)["loss"] for one in (fused, model)
@@ -88,7 +116,7 @@ def test_autocast_equals_the_plain_module() -> None:
 def test_weights_keep_their_names() -> None:
     model = micro.policy()
     names = list(model.state_dict())
-    fuse_norms(model)
+    fuse(model)
     assert list(model.state_dict()) == names
 
 
@@ -97,6 +125,6 @@ def test_others_keep_their_modules(caplog: pytest.LogCaptureFixture) -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(**sizes))
     kinds = [type(module) for module in model.modules()]
     with caplog.at_level(logging.INFO, logger="rlhf.models.fused"):
-        fuse_norms(model)
+        fuse(model)
     assert [type(module) for module in model.modules()] == kinds
-    assert "GPT2LMHeadModel has no norm" in caplog.text
+    assert "GPT2LMHeadModel is of no family" in caplog.text
