@@ -99,14 +99,23 @@ def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, *, temperature: float 
     return picked_BT - scaled_BTV.logsumexp(-1)
 
 
-def entropy_from_logits(logits_BTV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return the entropy in nats of softmax(logits / temperature), shape [B, T].
+@torch.no_grad()
+def logprobs_and_entropies(
+    logits_BTV: Tensor, tokens_BT: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return `token_logprobs` and the entropy in nats of the same softmax, both [B, T].
 
-    Logits of minus infinity (tokens excluded from sampling) contribute 0.
+    Both come from one normaliser. Logits of minus infinity (tokens excluded from sampling)
+    contribute 0. Without gradient.
     """
-    logprobs_BTV = _scaled(logits_BTV, temperature).log_softmax(-1)
-    finite_BTV = logprobs_BTV.masked_fill(logprobs_BTV == -torch.inf, 0.0)
-    return -(logprobs_BTV.exp() * finite_BTV).sum(-1)
+    scaled_BTV = _scaled(logits_BTV, temperature)
+    log_z_BT = scaled_BTV.logsumexp(-1)
+    picked_BT = scaled_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)
+    logprobs_BTV = scaled_BTV - log_z_BT.unsqueeze(-1)
+    probabilities_BTV = logprobs_BTV.exp()
+    # 0 times the lowest number is 0, but 0 times minus infinity is NaN.
+    logprobs_BTV.clamp_min_(torch.finfo(logprobs_BTV.dtype).min)
+    return picked_BT - log_z_BT, -probabilities_BTV.mul_(logprobs_BTV).sum(-1)
 
 
 def _scaled(logits_BTV: Tensor, temperature: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 CHUNK_BATCHES = 50
 """Batches whose rows are sorted by length together: enough to save padding, few enough to mix."""
+
+PASS_TOKENS = 128
+"""Tokens of padding that cost about as much as one more pass over a model's layers and weights."""
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -48,6 +51,30 @@ def length_grouped_order(
         rest = indices[whole:]
         order += [*batches, rest] if rest else batches
     return order
+
+
+def batches_by_length(
+    lengths: Sequence[int], *, max_rows: int | None = None, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Yield row indices, shortest rows first, in batches of little padding.
+
+    A batch has at most `max_rows` rows and `max_tokens` rows x longest row (a longer row gets a
+    batch of its own), and is closed when its padding would cost more than another pass.
+    """
+    batch: list[int] = []
+    padding = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        # Ascending order: the newest row is the longest, and pads all others.
+        length = lengths[index]
+        padding += len(batch) * (length - lengths[batch[-1]]) if batch else 0
+        is_full = max_rows is not None and len(batch) == max_rows
+        is_full |= max_tokens is not None and (len(batch) + 1) * length > max_tokens
+        if batch and (is_full or padding > PASS_TOKENS):
+            yield batch
+            batch, padding = [], 0
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf.data.chat import encode_pair_sides
-from rlhf.data.collate import pad_right
+from rlhf.data.collate import batches_by_length, pad_right
 from rlhf.data.records import Message
 from rlhf.errors import DataError
 from rlhf.models.padding import padding_mask
@@ -58,7 +58,7 @@ class HfScorer:
                 )
         scores_N = torch.empty(len(rows), dtype=torch.float32)
         self._model.eval()
-        for batch in batches_by_length(lengths, tokens_per_batch=self._tokens_per_batch):
+        for batch in batches_by_length(lengths, max_tokens=self._tokens_per_batch):
             scores_N[batch] = self._forward([rows[index] for index in batch])
         return scores_N
 
@@ -73,19 +73,3 @@ class HfScorer:
         )
         scores_B: Tensor = output.logits.squeeze(-1).float().cpu()
         return scores_B
-
-
-def batches_by_length(lengths: Sequence[int], *, tokens_per_batch: int) -> Iterator[list[int]]:
-    """Yield row indices, shortest rows first, each batch within rows x longest row.
-
-    A row that is longer than the bound gets a batch of its own.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        # Ascending order: the newest row is the longest.
-        if batch and (len(batch) + 1) * lengths[index] > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

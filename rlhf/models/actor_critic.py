@@ -7,14 +7,14 @@ the hidden state at p - 1, which is also the state that its value judges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.algo.masked import at_least_float32, entropy_from_logits, token_logprobs
+from rlhf.algo.masked import at_least_float32, logprobs_and_entropies, token_logprobs
 from rlhf.data.collate import pad_right
 from rlhf.models.padding import padding_mask
 
@@ -103,15 +103,33 @@ class Measure:
         self, trunk: Any, head: Any, batch: ResponseBatch
     ) -> tuple[Tensor, Tensor]:
         """Return both as [B, T] without gradient; logits exist a block of tokens at a time."""
+        logprobs, entropies = zip(
+            *(
+                logprobs_and_entropies(logits_nV, tokens_n, temperature=self.temperature)
+                for logits_nV, tokens_n in self._blocks(trunk, head, batch)
+            ),
+            strict=True,
+        )
+        return batch.spread(torch.cat(logprobs)), batch.spread(torch.cat(entropies))
+
+    @torch.no_grad()
+    def frozen_logprobs(self, trunk: Any, head: Any, batch: ResponseBatch) -> Tensor:
+        """Return `logprobs` without gradient; logits exist a block of tokens at a time."""
+        blocks = [
+            token_logprobs(logits_nV, tokens_n, temperature=self.temperature)
+            for logits_nV, tokens_n in self._blocks(trunk, head, batch)
+        ]
+        return batch.spread(torch.cat(blocks))
+
+    def _blocks(
+        self, trunk: Any, head: Any, batch: ResponseBatch
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the logits [n, V] and tokens [n] of a block of response tokens at a time."""
         states_NH = trunk_states(trunk, batch)
-        logprobs, entropies = [], []
         for states_nH, tokens_n in zip(
             states_NH.split(TOKENS_AT_ONCE), batch.tokens_N.split(TOKENS_AT_ONCE), strict=True
         ):
-            logits_nV = response_logits(head, states_nH, pad_id=self.pad_id)
-            logprobs.append(token_logprobs(logits_nV, tokens_n, temperature=self.temperature))
-            entropies.append(entropy_from_logits(logits_nV, temperature=self.temperature))
-        return batch.spread(torch.cat(logprobs)), batch.spread(torch.cat(entropies))
+            yield response_logits(head, states_nH, pad_id=self.pad_id), tokens_n
 
 
 class ValueModel(nn.Module):

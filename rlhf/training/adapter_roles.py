@@ -112,8 +112,14 @@ class AdapterRoles:
     @torch.no_grad()
     def measure(self, batch: ResponseBatch) -> Measured:
         """Run policy, critic and reference without gradient."""
-        logprobs_BT, entropies_BT = self._logprobs_and_entropies(POLICY, batch)
-        ref_logprobs_BT, _ = self._logprobs_and_entropies(REFERENCE, batch)
+        with self._trunk.role(POLICY) as model:
+            logprobs_BT, entropies_BT = self._measure.logprobs_and_entropies(
+                model.base_model, model.get_output_embeddings(), batch
+            )
+        with self._trunk.role(REFERENCE) as model:
+            ref_logprobs_BT = self._measure.frozen_logprobs(
+                model.base_model, model.get_output_embeddings(), batch
+            )
         return Measured(
             logprobs_BT=logprobs_BT,
             ref_logprobs_BT=ref_logprobs_BT,
@@ -130,12 +136,6 @@ class AdapterRoles:
         """Return the weights of the critic's adapter and head by name."""
         head = {f"head.{name}": value for name, value in self._pair.head.named_parameters()}
         return {**self._trunk.parameters(CRITIC), **head}
-
-    def _logprobs_and_entropies(self, role: str, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-        with self._trunk.role(role) as model:
-            return self._measure.logprobs_and_entropies(
-                model.base_model, model.get_output_embeddings(), batch
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from rlhf.algo.losses import policy_loss, value_loss
 from rlhf.algo.masked import masked_sum
 from rlhf.config import Config
+from rlhf.data.collate import batches_by_length
 from rlhf.data.records import Prompt
 from rlhf.errors import StageError
 from rlhf.models.actor_critic import ResponseBatch, pack_responses
@@ -185,10 +186,17 @@ class PpoEngine:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def micros(self, rows: list[int], rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Cut this process's share of the rows into micro-batches of similar length."""
+        """Cut this process's share of the rows into micro-batches of similar length.
+
+        Several processes make equally many passes, so there the number of rows alone decides.
+        """
         own = sorted(self._processes.share(rows), key=lambda row: (rollouts[row].length, row))
         size = self._settings.micro_batch_size
-        return [own[start : start + size] for start in range(0, len(own), size)]
+        if self._processes.size > 1:
+            return [own[start : start + size] for start in range(0, len(own), size)]
+        lengths = [rollouts[row].length for row in own]
+        batches = batches_by_length(lengths, max_rows=size)
+        return [[own[index] for index in batch] for batch in batches]
 
     def _pack(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> ResponseBatch:
         return pack_responses(

@@ -72,11 +72,13 @@ class SeparateRoles:
     @torch.no_grad()
     def measure(self, batch: ResponseBatch) -> Measured:
         """Run policy, critic, reference and the round's start without gradient."""
-        logprobs_BT, entropies_BT = self._logprobs_and_entropies(self._policy, batch)
-        ref_logprobs_BT, _ = self._logprobs_and_entropies(self._reference, batch)
+        logprobs_BT, entropies_BT = self._measure.logprobs_and_entropies(
+            self._policy.base_model, self._policy.get_output_embeddings(), batch
+        )
+        ref_logprobs_BT = self._frozen_logprobs(self._reference, batch)
         start_logprobs_BT = ref_logprobs_BT
         if self._start is not None:
-            start_logprobs_BT, _ = self._logprobs_and_entropies(self._start, batch)
+            start_logprobs_BT = self._frozen_logprobs(self._start, batch)
         return Measured(
             logprobs_BT=logprobs_BT,
             ref_logprobs_BT=ref_logprobs_BT,
@@ -93,10 +95,8 @@ class SeparateRoles:
         """Return the critic's parameters by name."""
         return dict(self._critic.named_parameters())
 
-    def _logprobs_and_entropies(self, model: Any, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-        return self._measure.logprobs_and_entropies(
-            model.base_model, model.get_output_embeddings(), batch
-        )
+    def _frozen_logprobs(self, model: Any, batch: ResponseBatch) -> Tensor:
+        return self._measure.frozen_logprobs(model.base_model, model.get_output_embeddings(), batch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.algo.masked import (
-    entropy_from_logits,
+    logprobs_and_entropies,
     masked_mean,
     masked_moments,
     masked_sum,
@@ -131,7 +131,8 @@ def test_logprobs_and_entropy_equal_a_slow_second_implementation(temperature):
     logits = 4 * torch.randn(2, 3, 5, dtype=torch.float64, generator=generator)
     tokens = torch.randint(5, (2, 3), generator=generator)
     logprobs = token_logprobs(logits, tokens, temperature=temperature)
-    entropies = entropy_from_logits(logits, temperature=temperature)
+    measured, entropies = logprobs_and_entropies(logits, tokens, temperature=temperature)
+    assert measured.equal(logprobs)
     for b in range(2):
         for t in range(3):
             p = slow_distribution(logits[b, t].tolist(), temperature)
@@ -141,12 +142,20 @@ def test_logprobs_and_entropy_equal_a_slow_second_implementation(temperature):
             assert entropies[b, t].item() == pytest.approx(entropy, abs=1e-12)
 
 
-def test_entropy_ignores_excluded_tokens_also_in_the_gradient():
-    logits = doubles([[[0.0, 0.0, -math.inf]]]).requires_grad_()
-    entropy = entropy_from_logits(logits)
-    assert entropy.item() == pytest.approx(math.log(2.0), abs=1e-15)
-    entropy.sum().backward()
-    assert logits.grad.isfinite().all()
+def test_entropy_ignores_excluded_tokens():
+    logits = doubles([[[0.0, 0.0, -math.inf]]])
+    logprob, entropy = logprobs_and_entropies(logits, torch.zeros(1, 1, dtype=torch.long))
+    assert logprob.item() == entropy.neg().item() == pytest.approx(math.log(0.5), abs=1e-15)
+
+
+def test_measured_logprobs_are_the_bits_of_those_with_gradient():
+    generator = torch.Generator().manual_seed(2)
+    logits = 9 * torch.randn(50, 301, generator=generator)
+    tokens = torch.randint(301, (50,), generator=generator)
+    logprobs, entropies = logprobs_and_entropies(logits, tokens, temperature=0.7)
+    assert logprobs.equal(token_logprobs(logits, tokens, temperature=0.7))
+    exact = logprobs_and_entropies(logits.double(), tokens, temperature=0.7)[1]
+    assert entropies.double().allclose(exact, atol=1e-5, rtol=0)
 
 
 def test_half_precision_logits_give_float32_logprobs():

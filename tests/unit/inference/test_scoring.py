@@ -5,7 +5,7 @@ import torch
 from rlhf.data.chat import encode_pair_side
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.errors import DataError
-from rlhf.inference.scoring import HfScorer, batches_by_length
+from rlhf.inference.scoring import HfScorer
 
 
 def one_by_one(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
@@ -81,10 +81,3 @@ def test_same_rows_same_bits() -> None:
     scorer = HfScorer(micro.scorer(), micro.tokenizer(), max_length=64, tokens_per_batch=100)
     rows = micro.token_lists(30)
     assert torch.equal(scorer.score_ids(rows), scorer.score_ids(rows))
-
-
-def test_batches_hold_every_row_once_within_the_bound() -> None:
-    lengths = [9, 3, 3, 5, 1, 9]
-    assert list(batches_by_length(lengths, tokens_per_batch=10)) == [[4, 1, 2], [3], [0], [5]]
-    assert list(batches_by_length([20], tokens_per_batch=10)) == [[0]]
-    assert list(batches_by_length([], tokens_per_batch=10)) == []
