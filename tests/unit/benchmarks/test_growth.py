@@ -42,3 +42,7 @@ def test_fixed_cost_does_not_hide_what_happens_at_the_end() -> None:
     found = judge(AXIS, [1, 2, 4], [10.0, 10.0, 40.0], [1.0, 2.0, 4.0])
     assert found["last_exponent"] == pytest.approx(2)
     assert not found["within"]
+
+
+def test_a_steep_start_is_not_within_though_the_end_is_flat() -> None:
+    assert not judge(AXIS, [1, 2, 4], [1.0, 5.0, 6.0], [1.0, 2.0, 4.0])["within"]
