@@ -21,9 +21,6 @@ from rlhf.data.ledger import Store
 from rlhf.plan import Plan
 
 ROOT = Path(__file__).parent.parent
-EVERY_STEPS = 2
-"""Steps between checkpoints; no checkpoint comes from the clock, so runs can be compared."""
-
 SETTINGS = (
     "toy.sft_rows=240",
     "toy.open_rows=60",
@@ -58,7 +55,6 @@ SETTINGS = (
     "evaluate.sampling.max_new_tokens=16",
     "evaluate.bootstrap_draws=100",
     "checkpoint.every_seconds=1e9",
-    f"checkpoint.every_steps={EVERY_STEPS}",
     "compute.num_threads=1",
     "tracking.mode=none",
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny_run import EVERY_STEPS, TinyRun, link_or_copy, rows_without_time
+from tiny_run import TinyRun, link_or_copy, rows_without_time
 
 from rlhf.artifacts import (
     COMPLETE,
@@ -53,6 +53,9 @@ LAST_ARTIFACT = {
     "collect": "batch.json",
 }
 """What each stage writes last, before the runner writes the manifest."""
+
+EVERY_STEPS = 2
+"""Steps between checkpoints; none comes from the clock, so that runs can be compared."""
 
 NOT_COMPARED = ("metrics.jsonl", "provenance.json", "inputs.json", "config.yaml")
 """Files with times or with the paths of this copy; metrics are compared without the times."""
@@ -114,7 +117,9 @@ class Workbench:
         run.folder.mkdir(parents=True, exist_ok=True)
         for file in ("plan.json", "run.yaml"):
             shutil.copy2(self.tiny.folder / file, run.folder / file)
-        (run.folder / "run.yaml").write_text(freeze(run.config), encoding="utf-8")
+        config = run.config
+        config.checkpoint.every_steps = EVERY_STEPS
+        (run.folder / "run.yaml").write_text(freeze(config), encoding="utf-8")
         return run
 
     def run(self, run: TinyRun, name: str, *, kill: str = "", stop: str = "") -> int:

@@ -22,6 +22,7 @@ from types import TracebackType
 
 from rlhf.artifacts import read_json
 from rlhf.compose import load_frozen
+from rlhf.cost.peak import gpu_names
 from rlhf.errors import StageError
 from rlhf.launch.ranks import die_with_parent, run_node
 from rlhf.plan import Plan
@@ -134,7 +135,7 @@ def serve(parent: int, preload: Sequence[str]) -> None:
             importlib.import_module(module)
         except Exception:
             log.exception("cannot import %s; its nodes will say so again", module)
-    for look_up_once in (versions, source_hash, git_commit):
+    for look_up_once in (warm_up, versions, source_hash, git_commit):
         look_up_once()
     # Nodes need not look for garbage among the libraries, nor copy those pages by doing so.
     gc.collect()
@@ -157,6 +158,17 @@ def serve(parent: int, preload: Sequence[str]) -> None:
         if child:
             ended = {"node": children.pop(child), "code": os.waitstatus_to_exitcode(status)}
             answers.write(json.dumps(ended) + "\n")
+
+
+def warm_up() -> None:
+    """Do once what the imported libraries do at the beginning of every training."""
+    if "transformers" in sys.modules:
+        # Hundreds of regular expressions, for the first model that is loaded or saved.
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        mapping.get_checkpoint_conversion_mapping("llama")
+    # It looks for GPUs, which no fork could use then.
+    if "accelerate" in sys.modules and not gpu_names():
+        importlib.import_module("deepspeed")
 
 
 def _fork(request: Mapping[str, object]) -> int:

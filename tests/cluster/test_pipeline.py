@@ -18,7 +18,7 @@ from rlhf.artifacts import NodeDir, read_json
 
 pytestmark = pytest.mark.cluster
 
-ROUND = ("rounds.limit=1", "rounds.schedule=[rejection_ppo]")
+ROUND = ("checkpoint.every_steps=2", "rounds.limit=1", "rounds.schedule=[rejection_ppo]")
 SPREAD = ("rounds.sampling_jobs=2", "resources.ppo.nodes=2")
 FAULT = "launcher.setup=['export RLHF_KILL_AT=before-temp:reward-safety/mixture.json']"
 FAILED = "round-01/reward-safety"
