@@ -142,6 +142,19 @@ def test_a_run_that_exists_is_read_without_hydra_as_with_it(
     assert read.sft.epochs == 7
 
 
+def test_a_run_is_called_and_lies_as_its_folder_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/quickstart").mkdir(parents=True)
+    text = compose.freeze(compose.load([QUICK, "paths.runs=elsewhere", "run=before"]))
+    Path("runs/quickstart/run.yaml").write_text(text)
+    read = compose.load_plain([QUICK])
+    assert read == compose.load_composed([QUICK])
+    assert read is not None
+    assert (read.run, read.paths.runs) == ("quickstart", "runs")
+
+
 @pytest.mark.parametrize("given", OTHER_OVERRIDES)
 def test_what_is_not_plain_is_left_to_hydra(given: list[str], mine: list[str]) -> None:
     assert compose.load_plain([*mine, *given]) is None
