@@ -65,6 +65,31 @@ def test_micro_batches_do_not_change_the_result(
     assert micro.largest_difference(*found) < bound
 
 
+def test_micro_batches_without_padding_give_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass per length equals one pass per minibatch."""
+    found, passes = [], []
+    for pass_tokens in (10**9, -1):
+        monkeypatch.setattr("rlhf.data.collate.PASS_TOKENS", pass_tokens)
+        config = ppo.config(micro_batch_size=8, num_ppo_epochs=2, iterations=1)
+        roles = ppo.roles(config, dtype=torch.float64, finishes=True)
+        loop = ppo.loop(config, tmp_path / str(pass_tokens), given=roles, heldout=0)
+        pack = loop._engine._pack
+        sizes: list[int] = []
+
+        def counted(rollouts: Any, rows: Any, pack: Any = pack, sizes: Any = sizes) -> Any:
+            sizes.append(len(rows))
+            return pack(rollouts, rows)
+
+        monkeypatch.setattr(loop._engine, "_pack", counted)
+        loop.run()
+        found.append(parameters(roles))
+        passes.append(len(sizes))
+    assert passes[1] > passes[0] == 2 + 4
+    assert micro.largest_difference(*found) < 1e-10
+
+
 def test_kl_is_measured_against_reference_and_start(tmp_path: Path) -> None:
     config = ppo.config(iterations=2)
     same, other = tmp_path / "same", tmp_path / "other"
