@@ -6,9 +6,10 @@ outside a mask may be anything, NaN included: it never reaches a result.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -95,9 +96,30 @@ def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, *, temperature: float 
     assert logits_BTV.shape[:-1] == tokens_BT.shape, (
         f"logits {logits_BTV.shape} must be tokens {tokens_BT.shape} plus a vocabulary dimension"
     )
-    scaled_NV = _scaled(logits_BTV, temperature).flatten(0, -2)
-    # Two thirds of the time of a gather and a logsumexp, whose gradients are two tensors.
-    return -cross_entropy(scaled_NV, tokens_BT.flatten(), reduction="none").view(tokens_BT.shape)
+    logprobs_BT: Tensor = _TokenLogprobs.apply(_scaled(logits_BTV, temperature), tokens_BT)
+    return logprobs_BT
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities with one gradient tensor; a gather and a logsumexp make three of them.
+
+    d logprob(token) / d logits_v = [v is the token] - softmax(logits)_v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Return the log-probabilities, shape [B, T]."""
+        log_z_BT = logits_BTV.logsumexp(-1)
+        ctx.save_for_backward(logits_BTV, tokens_BT, log_z_BT)
+        return logits_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1) - log_z_BT
+
+    @staticmethod
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient by the logits."""
+        logits_BTV, tokens_BT, log_z_BT = ctx.saved_tensors
+        grad_BT1 = grad_BT.unsqueeze(-1)
+        grad_BTV = (logits_BTV - log_z_BT.unsqueeze(-1)).exp_().mul_(-grad_BT1)
+        return grad_BTV.scatter_add_(-1, tokens_BT.unsqueeze(-1), grad_BT1), None
 
 
 @torch.no_grad()

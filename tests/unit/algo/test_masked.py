@@ -172,3 +172,24 @@ def test_token_logprobs_refuses_unshifted_shapes_and_bad_temperature():
         token_logprobs(logits, torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(AssertionError, match="temperature"):
         token_logprobs(logits, torch.zeros(2, 4, dtype=torch.long), temperature=0.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_of_logprobs_in_float64(temperature: float) -> None:
+    """With a token that is excluded from sampling, whose gradient is 0."""
+    logits_BTV = torch.randn(
+        2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    tokens_BT = torch.tensor([[0, 1, 2], [3, 3, 0]])
+
+    def logprobs(free_BTv: torch.Tensor) -> torch.Tensor:
+        excluded = torch.full((2, 3, 1), -torch.inf, dtype=torch.float64)
+        whole_BTV = torch.cat((free_BTv, excluded), -1)
+        return token_logprobs(whole_BTV, tokens_BT, temperature=temperature)
+
+    assert torch.autograd.gradcheck(logprobs, (logits_BTV[..., :4].clone().requires_grad_(),))
+    logits_BTV[..., 4] = -torch.inf
+    whole = logits_BTV.requires_grad_()
+    token_logprobs(whole, tokens_BT, temperature=temperature).sum().backward()
+    assert whole.grad is not None
+    assert (whole.grad[..., 4] == 0.0).all()
