@@ -1,4 +1,4 @@
-"""Norms and rotary positions in few passes over the tensor, with hand-written gradients.
+"""Norms in few passes over the tensor, with a hand-written gradient.
 
 The plain modules make twice as many passes forward and more backward, and keep several tensors of
 their input's size. Weights, names and files of a model stay what they are.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Prefixes of the classes of transformers whose norms and rotations are those of Llama."""
-ROTATE = "apply_rotary_pos_emb"
-"""Global function by which an attention module of transformers rotates queries and keys."""
+"""Prefixes of the classes of transformers whose norms are those of Llama."""
 
 
 class RmsNorm(torch.autograd.Function):
@@ -49,42 +46,6 @@ class RmsNorm(torch.autograd.Function):
         return grad_x, grad_weight_H, None
 
 
-class Rotation(torch.autograd.Function):
-    """Queries and keys [B, heads, T, D] with halves x1, x2: (x1 cos - x2 sin, x2 cos + x1 sin).
-
-    The angles of both halves are the same.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate both by the same angles; cos and sin are broadcast over the heads."""
-        ctx.save_for_backward(cos, sin)
-        return _turn(queries, cos, sin, sign=1.0), _turn(keys, cos, sin, sign=1.0)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_queries: Tensor, grad_keys: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
-        """Rotate the gradients back."""
-        cos, sin = ctx.saved_tensors
-        return (
-            _turn(grad_queries, cos, sin, sign=-1.0),
-            _turn(grad_keys, cos, sin, sign=-1.0),
-            None,
-            None,
-        )
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
-    turned[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
-    return turned
-
-
 def fuse(model: nn.Module) -> None:
     """Let a freshly loaded model of a known family compute in few passes; logs who stays plain.
 
@@ -107,14 +68,10 @@ def _fused(plain: Any) -> Any:
 
     To copies, wrappers and hooks its instances are what they were: nothing hangs on the instance.
     """
-    known = plain.__module__.startswith("transformers.models.")
-    if known and plain.__name__ in [f"{family}RMSNorm" for family in FAMILIES]:
-        forward = _norm_forward(plain)
-    elif known and plain.__name__ in [f"{family}Attention" for family in FAMILIES]:
-        forward = _attention_forward(plain)
-    else:
+    is_known = plain.__name__ in [f"{family}RMSNorm" for family in FAMILIES]
+    if not is_known or not plain.__module__.startswith("transformers.models."):
         return None
-    return type(f"Fused{plain.__name__}", (plain,), {"forward": forward})
+    return type(f"Fused{plain.__name__}", (plain,), {"forward": _norm_forward(plain)})
 
 
 def _norm_forward(plain: Any) -> Any:
@@ -125,24 +82,4 @@ def _norm_forward(plain: Any) -> Any:
             result = plain.forward(self, hidden_states)
         return result
 
-    return forward
-
-
-def _attention_forward(plain: Any) -> Any:
-    """Return the plain forward pass, which finds our rotation under the name of its own."""
-    rotate = plain.forward.__globals__[ROTATE]
-
-    def rotate_fused(
-        queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if queries.dtype is cos.dtype is torch.float32:
-            angles = cos.unsqueeze(1), sin.unsqueeze(1)
-            rotated: tuple[Tensor, Tensor] = Rotation.apply(queries, keys, *angles)
-        else:
-            rotated = rotate(queries, keys, cos, sin)
-        return rotated
-
-    names = {**plain.forward.__globals__, ROTATE: rotate_fused}
-    forward = FunctionType(plain.forward.__code__, names, "forward", plain.forward.__defaults__)
-    forward.__kwdefaults__ = plain.forward.__kwdefaults__
     return forward

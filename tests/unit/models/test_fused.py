@@ -1,4 +1,4 @@
-"""Fused norms and rotations against the modules of transformers."""
+"""Fused norms against the modules of transformers."""
 
 import copy
 import logging
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig
 
 from rlhf.config import Lora
-from rlhf.models.fused import RmsNorm, Rotation, fuse
+from rlhf.models.fused import RmsNorm, fuse
 from rlhf.models.loading import add_adapter, merge_adapter
 
 
@@ -18,30 +18,6 @@ def test_norm_by_hand() -> None:
     """x = (3, 4): mean of squares 12.5; with eps 3.5 the root is 4."""
     x, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([2.0, 0.5])
     assert RmsNorm.apply(x, weight, 3.5).tolist() == [[1.5, 0.5]]
-
-
-def test_rotation_by_hand() -> None:
-    """A quarter turn takes (x1, x2) to (-x2, x1); the gradient goes the other way."""
-    x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]], requires_grad=True)
-    quarter = torch.tensor([0.0] * 4), torch.tensor([1.0] * 4)
-    turned, _ = Rotation.apply(x, x.detach(), *quarter)
-    assert turned.flatten().tolist() == [-3.0, -4.0, 1.0, 2.0]
-    turned.backward(x.detach())
-    assert x.grad is not None
-    assert x.grad.flatten().tolist() == [3.0, 4.0, -1.0, -2.0]
-
-
-def test_gradient_of_the_rotation_in_float64() -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries, keys, angles = (
-        torch.randn(size, dtype=torch.float64, generator=generator)
-        for size in ((2, 4, 3, 6), (2, 2, 3, 6), (2, 1, 3, 3))
-    )
-    both = torch.cat((angles, angles), -1)
-    assert torch.autograd.gradcheck(
-        lambda q, k: Rotation.apply(q, k, both.cos(), both.sin()),
-        (queries.requires_grad_(), keys.requires_grad_()),
-    )
 
 
 def test_gradient_of_the_norm_in_float64() -> None:
@@ -72,7 +48,7 @@ def test_model_learns_the_same(config: PreTrainedConfig, checkpointing: bool) ->
     fused = copy.deepcopy(plain)
     fuse(fused)
     kinds = {type(module).__name__ for module in fused.modules()}
-    assert {kind[:5] for kind in kinds if kind.endswith(("RMSNorm", "Attention"))} == {"Fused"}
+    assert {kind[:5] for kind in kinds if kind.endswith("RMSNorm")} == {"Fused"}
     twin = copy.deepcopy(fused)
     expected = losses_and_gradients(plain, checkpointing=False)
     for model in (fused, twin):
