@@ -1,18 +1,29 @@
-"""The score head of reward models: drawn once, copied ever after."""
+"""The score head of reward models, drawn once and copied ever after; what a policy's head is."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import ArtifactError
 
 HEAD = "score.weight"
 """Name of the head's only weight, shape [1, hidden]; the head has no bias."""
+
+
+PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Architectures whose logits are what the output layer gives: neither scaled nor capped."""
+
+
+def has_plain_head(model: Any) -> bool:
+    """Tell whether a language model's logits are its states times a matrix, plus perhaps a bias."""
+    is_linear = type(model.get_output_embeddings()) is nn.Linear
+    return is_linear and model.config.model_type in PLAIN
 
 
 def init_head(model: PreTrainedModel, *, seed: int) -> None:

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from rlhf.algo.head import sum_token_logprobs
 from rlhf.algo.masked import token_logprobs
 from rlhf.artifacts import NodeDir
 from rlhf.config import Config, Optimizer
 from rlhf.data.chat import IGNORED, Encoded
 from rlhf.data.collate import length_grouped_order, pad_right
+from rlhf.models.heads import has_plain_head
 from rlhf.models.padding import padding_mask
 from rlhf.training.trainer import Micro, Steps, StepTrainer, arguments, train_in_place
 
 
 class AnswerTrainer(StepTrainer, SFTTrainer):
-    """TRL's SFTTrainer with the language-model head applied to labelled positions only.
+    """TRL's SFTTrainer with the language-model head applied to labelled positions only, in blocks.
 
     The loss is the one of plain TRL: the mean negative log-probability over all labelled tokens of
     the optimizer step. Head and softmax are most of a small model's cost, and most positions of a
@@ -43,16 +45,18 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
     def micro_loss(self, model: nn.Module, inputs: Micro, counts: Mapping[str, int]) -> Tensor:
         """Sum the negative log-probabilities of the labels, over the step's label count."""
         targets_BT = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        labelled_BT = targets_BT != IGNORED
-        logits_NV = labelled_logits(
-            model,
-            self.model.get_output_embeddings(),
-            input_ids_BT=inputs["input_ids"],
-            attention_mask_BT=padding_mask(self.model, inputs["attention_mask"]),
-            positions_BT=labelled_BT,
-        )
-        loss_sum = -token_logprobs(logits_NV, targets_BT[labelled_BT]).sum()
-        return loss_sum / max(counts["labels"], 1)
+        head = self.model.get_output_embeddings()
+        rows: dict[str, Any] = {
+            "input_ids_BT": inputs["input_ids"],
+            "attention_mask_BT": padding_mask(self.model, inputs["attention_mask"]),
+        }
+        if self._engine is None and has_plain_head(self.model):
+            logprob_sum = labelled_logprob_sum(model, head, **rows, targets_BT=targets_BT)
+        else:
+            labelled_BT = targets_BT != IGNORED
+            logits_NV = labelled_logits(model, head, **rows, positions_BT=labelled_BT)
+            logprob_sum = token_logprobs(logits_NV, targets_BT[labelled_BT]).sum()
+        return -logprob_sum / max(counts["labels"], 1)
 
     @property
     def _pad_token_id(self) -> int:
@@ -83,6 +87,35 @@ def labelled_logits(
         handle.remove()
     logits_NV: Tensor = output.logits
     return logits_NV
+
+
+def labelled_logprob_sum(
+    model: Any,
+    head: Any,
+    *,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None,
+    targets_BT: Tensor,
+) -> Tensor:
+    """Return the sum of log-probabilities of all targets but IGNORED, a scalar.
+
+    `head` is the output layer inside `model`; for this pass it gives the sum instead of logits,
+    which so never exist all at once. The model must return what its head gives.
+    """
+    labelled_BT = targets_BT != IGNORED
+
+    def forward(states_BTH: Tensor) -> Tensor:
+        return sum_token_logprobs(
+            states_BTH[labelled_BT], head.weight, targets_BT[labelled_BT], bias_V=head.bias
+        )
+
+    head.forward = forward
+    try:
+        output = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    finally:
+        del head.forward
+    logprob_sum: Tensor = output.logits
+    return logprob_sum
 
 
 def fine_tune(

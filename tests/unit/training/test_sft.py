@@ -7,9 +7,12 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from rlhf.algo import head as head_module
+from rlhf.algo.head import sum_token_logprobs
+from rlhf.algo.masked import token_logprobs
 from rlhf.config import Lora, Optimizer, Precision
-from rlhf.data.chat import Encoded, encode_conversation
-from rlhf.training.sft import labelled_logits
+from rlhf.data.chat import IGNORED, Encoded, encode_conversation
+from rlhf.training.sft import labelled_logits, labelled_logprob_sum
 
 
 def plain_trl_loss(model: Any, rows: list[Encoded], folder: Path) -> float:
@@ -71,6 +74,56 @@ def test_head_sees_labelled_positions_only() -> None:
     assert few.shape == (3, every.shape[-1])
     torch.testing.assert_close(few, every[positions])
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_blocks_give_the_loss_and_gradients_of_all_logits(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last block is smaller, and where the head is the embedding, too."""
+    monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", 2 * micro.VOCAB_SIZE)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    targets = torch.tensor([[6, 7, 8, IGNORED], [10, 1, IGNORED, IGNORED]])
+    found = []
+    for is_chunked in (False, True):
+        model = micro.policy()
+        if not tied:
+            twin = torch.nn.Linear(32, micro.VOCAB_SIZE, bias=True)
+            torch.nn.init.constant_(twin.bias, 0.1)
+            torch.nn.init.orthogonal_(twin.weight, generator=torch.Generator().manual_seed(0))
+            model.set_output_embeddings(twin)
+        rows: dict[str, Any] = {"input_ids_BT": ids, "attention_mask_BT": None}
+        output = model.get_output_embeddings()
+        if is_chunked:
+            loss = labelled_logprob_sum(model, output, **rows, targets_BT=targets)
+            assert "forward" not in output.__dict__
+        else:
+            kept = targets != IGNORED
+            logits = labelled_logits(model, output, **rows, positions_BT=kept)
+            loss = token_logprobs(logits, targets[kept]).sum()
+        (loss / 5).backward()
+        named = {name: p.grad for name, p in model.named_parameters()}
+        found.append({"loss": loss.detach(), **named})
+    assert all(grad.abs().max() > 0 for grad in found[0].values())
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_gradient_of_the_block_wise_sum_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", 2 * 7)
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in ((5, 4), (7, 4), (7,))
+    )
+    tokens = torch.tensor([0, 6, 3, 3, 1])
+
+    def total(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return sum_token_logprobs(states, weight, tokens, bias_V=bias)
+
+    assert torch.autograd.gradcheck(total, (states, weight, bias))
+    plain = token_logprobs(torch.nn.functional.linear(states, weight, bias), tokens).sum()
+    torch.testing.assert_close(total(states, weight, bias), plain)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
