@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rlhf.algo.masked import at_least_float32
 
-LOGITS_AT_ONCE = 2**24
-"""Logits of a block: 64 MB in fp32, 341 tokens of 49,152 words."""
+LOGITS_AT_ONCE = 2**25
+"""Logits of a block: 128 MB in fp32, 682 tokens of 49,152 words."""
 
 
 def sum_token_logprobs(
