@@ -98,6 +98,7 @@ def _assumptions(assumptions: Ref) -> Table:
 
 
 def _nodes(nodes: Ref) -> Table:
+    has_gpus = any(node.value["peak_gpu_memory_mb"] is not None for node in nodes)
     columns = [
         Column("node", numeric=False),
         Column("stage", numeric=False, filter=True),
@@ -109,7 +110,7 @@ def _nodes(nodes: Ref) -> Table:
         Column("energy is", numeric=False),
         Column("CO2, kg"),
         Column("peak MB"),
-        Column("GPU MB"),
+        *([Column("GPU MB")] if has_gpus else []),
         Column("processes"),
         Column("exact", numeric=False),
         Column("seed"),
@@ -127,7 +128,7 @@ def _nodes(nodes: Ref) -> Table:
             cell(node["energy"]["method"]),
             cell(node["used"]["co2_kg"], "g"),
             cell(node["peak_memory_mb"], "f0"),
-            cell(node["peak_gpu_memory_mb"], "f0"),
+            *([cell(node["peak_gpu_memory_mb"], "f0")] if has_gpus else []),
             cell(node["num_processes"], "d"),
             cell("yes" if node.value["exact"] else "no"),
             cell(node["seeds"]["node"], "i"),
