@@ -1,8 +1,10 @@
 """Keys and values of decoding, and attention to them.
 
 Two ways to hold them: prompts that several rows share are kept and read once for all of them;
-prompts with one row each lie in front of that row's response. Shapes: n prompts, P longest prompt,
-b rows, T response tokens, H query heads in Hkv groups of G, D width of a head. Queries come scaled.
+prompts with one row each lie in front of that row's response. Keys lie transposed, [*, D, tokens]:
+many products with a single query each take half the time so. Shapes: n prompts, P longest
+prompt, b rows, T response tokens, H query heads in Hkv groups of G, D width of a head. Queries come
+scaled.
 """
 
 from __future__ import annotations
@@ -54,14 +56,13 @@ class OwnPrompts:
 
     def read(self, k_nKPD: Tensor, v_nKPD: Tensor) -> None:
         """Take a layer's keys and values of the prompts."""
-        rooms = []
-        for part in (k_nKPD, v_nKPD):
-            rows, groups, length, size = part.shape
-            # Zeros: what is hidden is multiplied by a share of 0, which NaN would survive.
-            room = part.new_zeros(rows, groups, self._room, size)
-            room[:, :, :length] = part
-            rooms.append(room)
-        self._layers.append((rooms[0], rooms[1]))
+        rows, groups, length, size = k_nKPD.shape
+        # Zeros: what is hidden is multiplied by a share of 0, which NaN would survive.
+        keys = k_nKPD.new_zeros(rows, groups, size, self._room)
+        values = v_nKPD.new_zeros(rows, groups, self._room, size)
+        keys[..., :length] = k_nKPD.transpose(-1, -2)
+        values[:, :, :length] = v_nKPD
+        self._layers.append((keys, values))
 
     def attend(self, layer: int, q_bHD: Tensor, k_bKD: Tensor, v_bKD: Tensor) -> Tensor:
         """Attend to prompt and response in one go.
@@ -70,11 +71,11 @@ class OwnPrompts:
         attention on processors, and a quarter with grouped heads.
         """
         keys, values = self._layers[layer]
-        keys[self._rows_b, :, self._position_b] = k_bKD
+        keys[self._rows_b, :, :, self._position_b] = k_bKD
         values[self._rows_b, :, self._position_b] = v_bKD
         end = self._hidden_bE.shape[-1]
         q_bKGD = q_bHD.reshape(len(q_bHD), keys.shape[1], -1, q_bHD.shape[-1])
-        scores = q_bKGD @ keys[:, :, :end].transpose(-1, -2)
+        scores = q_bKGD @ keys[..., :end]
         scores.masked_fill_(self._hidden_bE, -torch.inf)
         shares = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
         return (shares @ values[:, :, :end]).flatten(1)
@@ -111,23 +112,23 @@ class SharedPrompts:
 
     def read(self, k_nKPD: Tensor, v_nKPD: Tensor) -> None:
         """Take a layer's keys and values of the prompts, and make room for the responses."""
-        self._prompts.append((k_nKPD, v_nKPD))
-        _, groups, _, size = k_nKPD.shape
-        room = (len(self._prompt_b), groups, self._num_tokens, size)
-        self._responses.append((k_nKPD.new_empty(room), k_nKPD.new_empty(room)))
+        self._prompts.append((k_nKPD.transpose(-1, -2).contiguous(), v_nKPD))
+        rows, (_, groups, _, size) = len(self._prompt_b), k_nKPD.shape
+        keys = k_nKPD.new_empty(rows, groups, size, self._num_tokens)
+        self._responses.append((keys, v_nKPD.new_empty(rows, groups, self._num_tokens, size)))
 
     def attend(self, layer: int, q_bHD: Tensor, k_bKD: Tensor, v_bKD: Tensor) -> Tensor:
         """Attend to the prompt, which the rows of a prompt do together, and to the response."""
         (prompt_keys, prompt_values), (keys, values) = self._prompts[layer], self._responses[layer]
-        keys[:, :, self._written] = k_bKD
+        keys[..., self._written] = k_bKD
         values[:, :, self._written] = v_bKD
         end = self._written + 1
         q_bKGD = q_bHD.reshape(len(q_bHD), keys.shape[1], -1, q_bHD.shape[-1])
-        to_prompt = self._by_row(self._by_prompt(q_bKGD) @ prompt_keys.transpose(-1, -2))
+        to_prompt = self._by_row(self._by_prompt(q_bKGD) @ prompt_keys)
         to_prompt.masked_fill_(self._hidden_bP, -torch.inf)
-        to_response = q_bKGD @ keys[:, :, :end].transpose(-1, -2)
+        to_response = q_bKGD @ keys[..., :end]
         scores = torch.cat([to_prompt, to_response], -1).softmax(-1, dtype=torch.float32)
-        shares = scores.to(q_bHD.dtype).split((prompt_keys.shape[2], end), -1)
+        shares = scores.to(q_bHD.dtype).split((prompt_keys.shape[-1], end), -1)
         from_prompt = self._by_row(self._by_prompt(shares[0]) @ prompt_values)
         return (from_prompt + shares[1] @ values[:, :, :end]).flatten(1)
 
@@ -138,14 +139,14 @@ class SharedPrompts:
     def select(self, kept: Tensor) -> None:
         """Go on with some rows only."""
         self._responses = [
-            (self._shrunk(keys, kept), self._shrunk(values, kept))
+            (self._shrunk(keys, kept, dim=3), self._shrunk(values, kept, dim=2))
             for keys, values in self._responses
         ]
         left, self._prompt_b = self._prompt_b[kept].unique(return_inverse=True)
         if len(left) <= KEEP_SHARE * len(self._lengths_n):
             self._lengths_n = self._lengths_n[left]
             end = int(self._lengths_n.max())
-            self._prompts = [(k[left, :, :end], v[left, :, :end]) for k, v in self._prompts]
+            self._prompts = [(k[left, ..., :end], v[left, :, :end]) for k, v in self._prompts]
         else:
             self._prompt_b = left[self._prompt_b]
         self._group_rows()
@@ -181,8 +182,8 @@ class SharedPrompts:
         places = unfolded.reshape(-1, groups, per_group, width)
         return places if self._is_full else places[self._place_b]
 
-    def _shrunk(self, room: Tensor, kept: Tensor) -> Tensor:
-        """Return room for the rows that stay, with what they wrote."""
+    def _shrunk(self, room: Tensor, kept: Tensor, *, dim: int) -> Tensor:
+        """Return room for the rows that stay, with what they wrote along a dimension."""
         smaller = room.new_empty(len(kept), *room.shape[1:])
-        smaller[:, :, : self._written] = room[kept, :, : self._written]
+        smaller.narrow(dim, 0, self._written).copy_(room.narrow(dim, 0, self._written)[kept])
         return smaller
