@@ -98,7 +98,7 @@ def _assumptions(assumptions: Ref) -> Table:
 
 
 def _nodes(nodes: Ref) -> Table:
-    has_gpus = any(node.value["peak_gpu_memory_mb"] is not None for node in nodes)
+    has_gpus = any(node["peak_gpu_memory_mb"].value is not None for node in nodes)
     columns = [
         Column("node", numeric=False),
         Column("stage", numeric=False, filter=True),
