@@ -58,7 +58,9 @@ class HfScorer:
                 )
         scores_N = torch.empty(len(rows), dtype=torch.float32)
         self._model.eval()
-        for batch in batches_by_length(lengths, max_tokens=self._tokens_per_batch):
+        for batch in batches_by_length(
+            lengths, max_tokens=self._tokens_per_batch, device=self._model.device.type
+        ):
             scores_N[batch] = self._forward([rows[index] for index in batch])
         return scores_N
 

@@ -195,7 +195,7 @@ class PpoEngine:
         if self._processes.size > 1:
             return [own[start : start + size] for start in range(0, len(own), size)]
         lengths = [rollouts[row].length for row in own]
-        batches = batches_by_length(lengths, max_rows=size)
+        batches = batches_by_length(lengths, max_rows=size, device=self._roles.device.type)
         return [[own[index] for index in batch] for batch in batches]
 
     def _pack(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> ResponseBatch:

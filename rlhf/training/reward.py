@@ -22,7 +22,8 @@ from rlhf.artifacts import NodeDir
 from rlhf.config import Config, Optimizer
 from rlhf.data.collate import length_grouped_order, pad_right
 from rlhf.models.padding import padding_mask
-from rlhf.training.trainer import Micro, Steps, StepTrainer, arguments, train_in_place
+from rlhf.training.steps import Micro, Steps
+from rlhf.training.trainer import StepTrainer, arguments, train_in_place
 
 UNLABELLED = -1
 """Safety label of a response that nobody labelled; 1 is safe, 0 unsafe."""
@@ -61,6 +62,10 @@ class RankingTrainer(StepTrainer, RewardTrainer):
             "margins": torch.tensor([row["margin"] for row in rows], dtype=torch.float32),
             "safe": torch.tensor(safe),
         }
+
+    def length(self, row: dict[str, Any]) -> int:
+        """Return the tokens of the longer side."""
+        return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
     def counts(self, micros: list[Micro]) -> Mapping[str, int]:
         """Count pairs, and responses with a safety label."""

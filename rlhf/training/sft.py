@@ -18,7 +18,8 @@ from rlhf.data.chat import IGNORED, Encoded
 from rlhf.data.collate import length_grouped_order, pad_right
 from rlhf.models.heads import has_plain_head
 from rlhf.models.padding import padding_mask
-from rlhf.training.trainer import Micro, Steps, StepTrainer, arguments, train_in_place
+from rlhf.training.steps import Micro, Steps
+from rlhf.training.trainer import StepTrainer, arguments, train_in_place
 
 
 class AnswerTrainer(StepTrainer, SFTTrainer):
@@ -37,6 +38,10 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
             "attention_mask": pad_right([[1] * len(ids) for ids in input_ids], 0),
             "labels": pad_right([row["labels"] for row in rows], IGNORED),
         }
+
+    def length(self, row: dict[str, Any]) -> int:
+        """Return the tokens of a conversation."""
+        return len(row["input_ids"])
 
     def counts(self, micros: list[Micro]) -> Mapping[str, int]:
         """Count the labels that have a token before them."""

@@ -16,9 +16,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from transformers import PreTrainedModel
 
 from rlhf import metrics
 from rlhf.artifacts import NodeDir, Saved, digest_json
-from rlhf.config import Config, Optimizer, Precision
+from rlhf.config import Config, Precision
+from rlhf.data.collate import batches_by_length
 from rlhf.errors import ArtifactError, StageError
 from rlhf.models.loading import add_adapter, merge_adapter
 from rlhf.models.shells import fill, take_over
@@ -35,34 +35,12 @@ from rlhf.training.engines import Engine, open_engine
 from rlhf.training.layout import check_conditions, conditions, is_shared
 from rlhf.training.optim import build_optimizer, build_schedule
 from rlhf.training.ppo_state import save_weights
+from rlhf.training.steps import Micro, StepBatch, Steps
 
 log = logging.getLogger(__name__)
 
-Micro = dict[str, Tensor]
-"""One micro-batch, right-padded."""
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
 """Files of a checkpoint, as transformers names them."""
-
-
-class StepBatch(NamedTuple):
-    """This process's micro-batches of one optimizer step, and the counts of the whole step.
-
-    All processes make the same number of passes, because their gradients meet in each; whoever has
-    too few rows fills up with ghosts, micro-batches that count for nothing.
-    """
-
-    micros: list[Micro]
-    num_ghosts: int
-    counts: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """All optimizer steps of a training: row indices per step, and how each step is cut."""
-
-    order: list[list[int]]
-    micro_batch_size: int
-    optimizer: Optimizer
 
 
 def arguments(*, config: Config, steps: Steps, directory: NodeDir, seed: int) -> dict[str, Any]:
@@ -126,6 +104,10 @@ class StepTrainer:
         """Pad rows to one micro-batch; must have `attention_mask`."""
         raise NotImplementedError
 
+    def length(self, row: dict[str, Any]) -> int:
+        """Return the tokens of a row, those of its longer side where it has two."""
+        raise NotImplementedError
+
     def counts(self, micros: list[Micro]) -> Mapping[str, int]:
         """Count, over a whole optimizer step, what the losses are divided by."""
         raise NotImplementedError
@@ -135,14 +117,21 @@ class StepTrainer:
         raise NotImplementedError
 
     def cut(self, rows: list[dict[str, Any]]) -> StepBatch:
-        """Cut this process's share of one optimizer step into micro-batches."""
-        whole = self._micros(rows)
-        counts = self.counts(whole)
+        """Cut this process's share of one optimizer step into micro-batches.
+
+        Several processes make equally many passes, so there the number of rows alone decides.
+        """
+        size = self._steps.micro_batch_size
         if self._processes.size == 1:
-            return StepBatch(whole, 0, counts)
+            batches = batches_by_length(
+                [self.length(row) for row in rows], max_rows=size, device=self.args.device.type
+            )
+            micros = [self.collate([rows[index] for index in batch]) for batch in batches]
+            return StepBatch(micros, 0, self.counts(micros))
+        counts = self.counts(self._micros(rows))
         micros = self._micros(self._processes.share(rows))
         largest_share = math.ceil(len(rows) / self._processes.size)
-        passes = math.ceil(largest_share / self._steps.micro_batch_size)
+        passes = math.ceil(largest_share / size)
         ghosts = [self.collate(rows[:1])] * (passes - len(micros))
         return StepBatch([*micros, *ghosts], len(ghosts), counts)
 

@@ -66,18 +66,23 @@ def test_batch_size_must_be_positive() -> None:
 
 def test_batches_hold_every_row_once_within_the_bounds() -> None:
     lengths = [9, 3, 3, 5, 1, 9]
-    assert list(batches_by_length(lengths, max_tokens=10)) == [[4, 1, 2], [3], [0], [5]]
-    assert list(batches_by_length(lengths, max_rows=4)) == [[4, 1, 2, 3], [0, 5]]
-    assert list(batches_by_length(lengths)) == [[4, 1, 2, 3, 0, 5]]
-    assert list(batches_by_length([20], max_tokens=10)) == [[0]]
-    assert list(batches_by_length([], max_tokens=10)) == []
+    assert list(batches_by_length(lengths, max_tokens=10, device="cpu")) == [
+        [4, 1, 2],
+        [3],
+        [0],
+        [5],
+    ]
+    assert list(batches_by_length(lengths, max_rows=4, device="cpu")) == [[4, 1, 2, 3], [0, 5]]
+    assert list(batches_by_length(lengths, device="cpu")) == [[4, 1, 2, 3, 0, 5]]
+    assert list(batches_by_length([20], max_tokens=10, device="cpu")) == [[0]]
+    assert list(batches_by_length([], max_tokens=10, device="cpu")) == []
 
 
 def test_a_batch_ends_where_its_padding_costs_more_than_a_pass() -> None:
     # Rows of 10 beside one of 74: two are padded by 128 tokens, which is a pass; three by 192.
-    assert PASS_TOKENS == 128
-    assert list(batches_by_length([10, 10, 74])) == [[0, 1, 2]]
-    assert list(batches_by_length([10, 10, 10, 74, 74])) == [[0, 1, 2], [3, 4]]
+    assert PASS_TOKENS["cpu"] == 128
+    assert list(batches_by_length([10, 10, 74], device="cpu")) == [[0, 1, 2]]
+    assert list(batches_by_length([10, 10, 10, 74, 74], device="cpu")) == [[0, 1, 2], [3, 4]]
     # Padding adds up: 60 for the second row, then twice 40 more.
-    assert list(batches_by_length([10, 70, 104])) == [[0, 1, 2]]
-    assert list(batches_by_length([10, 70, 105])) == [[0, 1], [2]]
+    assert list(batches_by_length([10, 70, 104], device="cpu")) == [[0, 1, 2]]
+    assert list(batches_by_length([10, 70, 105], device="cpu")) == [[0, 1], [2]]

@@ -13,6 +13,7 @@ import torch
 from rlhf import metrics
 from rlhf.artifacts import read_jsonl
 from rlhf.config import Precision
+from rlhf.data import collate
 from rlhf.errors import StageError
 from rlhf.training.roles import SeparateRoles
 
@@ -71,7 +72,7 @@ def test_micro_batches_without_padding_give_the_same_result(
     """One pass per length equals one pass per minibatch."""
     found, passes = [], []
     for pass_tokens in (10**9, -1):
-        monkeypatch.setattr("rlhf.data.collate.PASS_TOKENS", pass_tokens)
+        monkeypatch.setitem(collate.PASS_TOKENS, "cpu", pass_tokens)
         config = ppo.config(micro_batch_size=8, num_ppo_epochs=2, iterations=1)
         roles = ppo.roles(config, dtype=torch.float64, finishes=True)
         loop = ppo.loop(config, tmp_path / str(pass_tokens), given=roles, heldout=0)

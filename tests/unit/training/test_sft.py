@@ -11,6 +11,7 @@ from rlhf.algo import head as head_module
 from rlhf.algo.head import sum_token_logprobs
 from rlhf.algo.masked import token_logprobs
 from rlhf.config import Lora, Optimizer, Precision
+from rlhf.data import collate
 from rlhf.data.chat import IGNORED, Encoded, encode_conversation
 from rlhf.training.sft import labelled_logits, labelled_logprob_sum
 
@@ -124,6 +125,28 @@ def test_gradient_of_the_block_wise_sum_in_float64(monkeypatch: pytest.MonkeyPat
     assert torch.autograd.gradcheck(total, (states, weight, bias))
     plain = token_logprobs(torch.nn.functional.linear(states, weight, bias), tokens).sum()
     torch.testing.assert_close(total(states, weight, bias), plain)
+
+
+def test_rows_of_different_length_do_not_pad_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass per length trains what one padded pass trains, on fewer positions."""
+    rows, trained, positions = micro.conversations(6), [], []
+    for pass_tokens in (10**9, -1):
+        monkeypatch.setitem(collate.PASS_TOKENS, "cpu", pass_tokens)
+        seen: list[int] = []
+        model = micro.policy(dtype=torch.float64)
+        model.register_forward_pre_hook(
+            lambda _module, _args, kwargs, seen=seen: seen.append(kwargs["input_ids"].numel()),
+            with_kwargs=True,
+        )
+        micro.train_sft(model, rows, tmp_path / str(pass_tokens), micro_batch_size=8)
+        trained.append(model.state_dict())
+        positions.append(seen)
+    assert len(positions[0]) < len(positions[1])
+    assert sum(positions[1]) == sum(len(row.input_ids) for row in rows) < sum(positions[0])
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
