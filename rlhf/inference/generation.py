@@ -103,7 +103,7 @@ def scoring_length(max_length: int, sampling: Sampling) -> int:
     return max_length + 2 * sampling.max_new_tokens
 
 
-def encode_prompts(
+def checked_prompt_ids(
     tokenizer: Any, prompts: Sequence[list[Message]], *, max_new_tokens: int, max_length: int
 ) -> list[list[int]]:
     """Return the tokens of each prompt; DataError for one that leaves no room for a response."""
@@ -145,7 +145,7 @@ class HfGenerator:
     ) -> list[list[Response]]:
         """Return `num_samples` responses per prompt; raises DataError for an over-long prompt."""
         assert len(keys) == len(prompts), f"{len(prompts)} prompts need as many keys"
-        encoded = encode_prompts(
+        encoded = checked_prompt_ids(
             self._tokenizer,
             prompts,
             max_new_tokens=sampling.max_new_tokens,

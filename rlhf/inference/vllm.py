@@ -22,7 +22,7 @@ from torch import Tensor
 from rlhf.config import Precision, Sampling
 from rlhf.data.records import Message
 from rlhf.errors import StageError
-from rlhf.inference.generation import Response, Weights, encode_prompts, make_response
+from rlhf.inference.generation import Response, Weights, checked_prompt_ids, make_response
 from rlhf.inference.sampler import row_keys
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -95,7 +95,7 @@ class VllmGenerator:
     ) -> list[list[Response]]:
         """Return `num_samples` responses per prompt; raises DataError for an over-long prompt."""
         assert len(keys) == len(prompts), f"{len(prompts)} prompts need as many keys"
-        encoded = encode_prompts(
+        encoded = checked_prompt_ids(
             self._tokenizer,
             prompts,
             max_new_tokens=sampling.max_new_tokens,
