@@ -141,7 +141,7 @@ def _stage_arguments(config: Config, node: str) -> list[str]:
     changed = [
         f"{key}={'null' if value is None else value}"
         for key, value in current.items()
-        if frozen.get(key) != value and not key.startswith("ingest.") and key != "recipe"
+        if frozen.get(key) != value and not key.startswith(("ingest.", "service.")) and key != "recipe"
     ]
     fixed = [f"run={config.run}", f"paths.runs={config.paths.runs}"]
     return ["stage", node, *fixed, *(text for text in changed if text not in fixed)]

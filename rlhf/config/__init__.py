@@ -52,6 +52,7 @@ from rlhf.config.run import (
     Rounds,
     Tracking,
 )
+from rlhf.config.service import Annotation, Service
 from rlhf.config.stages import (
     Collect,
     Evaluate,
@@ -67,6 +68,7 @@ from rlhf.config.stages import (
 )
 
 __all__ = [
+    "Annotation",
     "Annotators",
     "Checkpoint",
     "Collect",
@@ -109,6 +111,7 @@ __all__ = [
     "RoundStage",
     "Rounds",
     "Sampling",
+    "Service",
     "Sft",
     "Shape",
     "Slurm",

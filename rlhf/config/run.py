@@ -27,6 +27,7 @@ from rlhf.config.base import (
 )
 from rlhf.config.cluster import Distributed, Launcher, Resources
 from rlhf.config.cost import Cost
+from rlhf.config.service import Service
 from rlhf.config.stages import Collect, Evaluate, Gate, Judge, Ppo, Rejection, Reward, Sft
 
 AT_LEAST_ONE = (
@@ -230,6 +231,7 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
     cost: Cost = field(default_factory=Cost)
     ingest: Ingest = field(default_factory=Ingest)
+    service: Service = field(default_factory=Service)
 
     def __post_init__(self) -> None:
         self._check_numbers()

@@ -47,7 +47,7 @@ def test_every_field_declares_its_effect() -> None:
 
 def test_execution_only_fields_are_those_that_cannot_change_results() -> None:
     allowed = re.compile(
-        r"(paths|compute|distributed|resources|launcher|checkpoint|tracking|ingest|cost|model\.shape)\..*|.*micro_batch_size|recipe|run|on_change"
+        r"(paths|compute|distributed|resources|launcher|checkpoint|tracking|ingest|service|cost|model\.shape)\..*|.*micro_batch_size|recipe|run|on_change"
         r"|model\.(attention|gradient_checkpointing)"
         r"|generator\.(url|timeout_seconds|gpu_memory_utilization|cpu_kv_cache_gib)"
     )
@@ -74,7 +74,7 @@ def test_a_stage_reads_only_the_groups_of_its_fingerprint(stage: str) -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr in names and "config" in _owner(node)
     }
-    harmless = {"compute", "paths", "checkpoint", "tracking", "ingest", "seed", "run"}
+    harmless = {"compute", "paths", "checkpoint", "tracking", "ingest", "service", "seed", "run"}
     assert read - harmless <= {key.partition(".")[0] for key in STAGE_GROUPS[stage]}
 
 

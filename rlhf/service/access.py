@@ -1,0 +1,204 @@
+"""Who asks, what they may do, and whether a browser was tricked into asking.
+
+A request names somebody by `Authorization: Bearer TOKEN` or by the cookie of a browser session.
+Without `service.needs_tokens` whoever reaches the service is its operator, under a name they choose
+or as `local`. A write with a cookie needs the session's secret, in a form field or a header; a
+write from another site's page is refused in any case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from http import HTTPStatus
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from rlhf.errors import ConfigError
+from rlhf.service.database.models import ROLES, BrowserSession, Token, User, now
+from rlhf.service.problems import Problem
+from rlhf.service.state import State, state_of
+
+COOKIE = "rlhf_session"
+CSRF_HEADER = "X-CSRF-Token"
+CSRF_FIELD = "csrf"
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+LOCAL = "local"
+"""Name of whoever reaches a service without tokens and gives no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a request; `csrf` is the session's secret, "" without a session."""
+
+    name: str
+    role: str
+    user_id: int | None = None
+    csrf: str = ""
+
+    def may(self, role: str) -> bool:
+        """Tell whether the caller has a role, or one above it."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+
+def digest(secret: str) -> str:
+    """Return how a token or a cookie is stored; its 256 random bits need no slow hash."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def find_user(session: Session, name: str, *, role: str = "operator") -> User:
+    """Return the user of a name, added with a role where there is none."""
+    user = session.scalar(select(User).where(User.name == name))
+    if user is None:
+        user = User(name=name, role=role)
+        session.add(user)
+        session.flush()
+    return user
+
+
+def new_token(session: Session, *, name: str, role: str, days: int | None) -> str:
+    """Add a token for a user, who is added where unknown and gets the role; returns the token."""
+    if role not in ROLES:
+        raise ConfigError(f"role={role} is unknown: choose one of {', '.join(ROLES)}")
+    user = find_user(session, name, role=role)
+    user.role, user.disabled = role, None
+    secret = f"rlhf_{secrets.token_urlsafe(32)}"
+    expires = now() + timedelta(days=days) if days is not None else None
+    session.add(Token(user_id=user.id, digest=digest(secret), expires=expires))
+    return secret
+
+
+def open_session(
+    session: Session, user: User, *, hours: float, token: Token | None = None
+) -> tuple[str, BrowserSession]:
+    """Sign a browser in; returns the value of its cookie and the row."""
+    secret = secrets.token_urlsafe(32)
+    row = BrowserSession(
+        digest=digest(secret),
+        user_id=user.id,
+        token_id=token.id if token is not None else None,
+        csrf=secrets.token_urlsafe(32),
+        expires=now() + timedelta(hours=hours),
+    )
+    session.add(row)
+    return secret, row
+
+
+def valid_token(session: Session, secret: str) -> Token | None:
+    """Return the row of a token that counts."""
+    found = session.scalar(select(Token).where(Token.digest == digest(secret)))
+    if found is None or found.revoked is not None or found.user.disabled is not None:
+        return None
+    return found if found.expires is None or found.expires > now() else None
+
+
+def _session_of(session: Session, request: Request, *, needs_tokens: bool) -> Caller | None:
+    secret = request.cookies.get(COOKIE)
+    if not secret:
+        return None
+    found = session.scalar(select(BrowserSession).where(BrowserSession.digest == digest(secret)))
+    if found is None or found.expires <= now() or found.user.disabled is not None:
+        return None
+    token = found.token
+    is_over = token is not None and (
+        token.revoked is not None or (token.expires is not None and token.expires <= now())
+    )
+    # A session that was opened without a token ends where tokens become necessary.
+    if is_over or (needs_tokens and token is None):
+        return None
+    role = found.user.role if needs_tokens else "operator"
+    return Caller(found.user.name, role, found.user_id, found.csrf)
+
+
+def identify(request: Request) -> Caller | None:
+    """Return who asks, or None."""
+    state = state_of(request)
+    needs_tokens = state.config.service.needs_tokens
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    with state.reading() as session:
+        if scheme.lower() == "bearer":
+            token = valid_token(session, secret.strip())
+            if token is not None:
+                return Caller(token.user.name, token.user.role, token.user_id)
+            if needs_tokens:
+                return None
+        found = _session_of(session, request, needs_tokens=needs_tokens)
+    if found is None and not needs_tokens:
+        return Caller(LOCAL, "operator")
+    return found
+
+
+def caller(request: Request) -> Caller:
+    """Return who asks; a Problem where nobody does (a FastAPI dependency)."""
+    found: Caller | None = request.scope.get("rlhf.caller") or identify(request)
+    if found is None:
+        raise Problem(
+            HTTPStatus.UNAUTHORIZED,
+            "this service wants a token: send `Authorization: Bearer TOKEN`, or sign in at /login; "
+            "`rlhf token NAME role=viewer` makes one",
+        )
+    request.scope["rlhf.caller"] = found
+    return found
+
+
+def requires(role: str) -> Callable[..., Caller]:
+    """Return a dependency that refuses callers without a role."""
+
+    def check(found: Annotated[Caller, Depends(caller)]) -> Caller:
+        if not found.may(role):
+            raise Problem(
+                HTTPStatus.FORBIDDEN,
+                f"{found.name} is {found.role}, and this needs {role}: ask an operator for a token "
+                "with that role",
+            )
+        return found
+
+    return check
+
+
+async def check_origin(request: Request) -> None:
+    """Refuse a write that another site's page makes, or one with a cookie and without its secret.
+
+    A dependency of the whole application.
+    """
+    if request.method in SAFE_METHODS:
+        return
+    origin = request.headers.get("Origin")
+    site = request.headers.get("Sec-Fetch-Site", "same-origin")
+    is_foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("Host")
+    if is_foreign or site not in ("same-origin", "none"):
+        raise Problem(HTTPStatus.FORBIDDEN, "another site's page asked for this: open our own")
+    if "Authorization" in request.headers or COOKIE not in request.cookies:
+        return
+    given = request.headers.get(CSRF_HEADER)
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip()
+    if given is None and kind == "application/x-www-form-urlencoded":
+        field = (await request.form()).get(CSRF_FIELD)
+        given = field if isinstance(field, str) else None
+    found = await _caller_later(request)
+    if found is not None and found.csrf and not secrets.compare_digest(given or "", found.csrf):
+        raise Problem(
+            HTTPStatus.FORBIDDEN,
+            "the form is out of date: load the page again, what was typed is kept",
+        )
+
+
+async def _caller_later(request: Request) -> Caller | None:
+    from starlette.concurrency import run_in_threadpool
+
+    found = await run_in_threadpool(identify, request)
+    request.scope["rlhf.caller"] = found
+    return found
+
+
+Viewer = Annotated[Caller, Depends(requires("viewer"))]
+Annotator = Annotated[Caller, Depends(requires("annotator"))]
+Operator = Annotated[Caller, Depends(requires("operator"))]
+StateOf = Annotated[State, Depends(state_of)]

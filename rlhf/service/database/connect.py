@@ -1,0 +1,70 @@
+"""Connections: SQLite in the service's folder, or PostgreSQL by URL."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from rlhf.config import Service
+from rlhf.errors import ConfigError
+
+FILE = "service.db"
+PASSWORD = "RLHF_DATABASE_PASSWORD"
+READING = "rlhf_reading"
+"""Execution option of connections that write nothing, and so need not wait for writers."""
+BUSY_MILLISECONDS = 30_000
+"""Longest wait for another writer of the embedded database."""
+
+
+def open_engine(settings: Service, folder: Path) -> Engine:
+    """Open the database; raises ConfigError for a URL of another kind."""
+    if settings.database is None:
+        return _open_sqlite(folder / FILE)
+    try:
+        url = make_url(settings.database)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"service.database={settings.database} is no URL: write "
+            "postgresql+psycopg://USER@HOST/NAME, or null for SQLite"
+        ) from error
+    if url.get_backend_name() != "postgresql":
+        raise ConfigError(
+            f"service.database={settings.database} is no PostgreSQL: write "
+            "postgresql+psycopg://USER@HOST/NAME, or null for SQLite"
+        )
+    password = os.environ.get(PASSWORD)
+    url = url.set(drivername="postgresql+psycopg")
+    # A connection that the server closed is replaced before it is used.
+    return create_engine(
+        url.set(password=password) if password else url, pool_pre_ping=True, pool_size=20
+    )
+
+
+def _open_sqlite(path: Path) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}", connect_args={"timeout": BUSY_MILLISECONDS / 1000}, pool_size=20
+    )
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: sqlite3.Connection, _: Any) -> None:
+        # SQLAlchemy begins transactions itself, below.
+        connection.isolation_level = None
+        # Readers do not wait for the writer; a commit is on the disk before it is acknowledged.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        # Immediate: a reader that writes later would fail where another has written meanwhile.
+        is_reading = connection.get_execution_options().get(READING, False)
+        connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")
+
+    return engine
