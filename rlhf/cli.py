@@ -94,6 +94,13 @@ COMMANDS = {
     "promote": Command("overrule a decision", ("VERSION",), extra={"reason": ""}),
     "export": Command("copy a version with a card of its origin", ("VERSION", "DIR")),
     "clean": Command("delete what no later node needs"),
+    "serve": Command("API, dashboard, annotation page, inbox watcher", needs_run=False),
+    "token": Command(
+        "make a token for somebody who uses the service",
+        ("NAME",),
+        extra={"role": "", "days": "", "revoke": "false"},
+        needs_run=False,
+    ),
     "doctor": Command("check this environment", needs_run=False),
 }
 

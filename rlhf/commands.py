@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from rlhf import runner
+from rlhf import runner, serving
 from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
 from rlhf.cost.estimate import estimate
@@ -43,6 +43,9 @@ from rlhf.worker import process_environment
 
 SILENT_SECONDS = 120.0
 """A running node that reports no step for longer is shown as silent: it may hang."""
+
+NOT_OF_NODES = ("ingest.", "service.", "recipe")
+"""Settings that no node reads."""
 
 COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
 
@@ -141,7 +144,7 @@ def _stage_arguments(config: Config, node: str) -> list[str]:
     changed = [
         f"{key}={'null' if value is None else value}"
         for key, value in current.items()
-        if frozen.get(key) != value and not key.startswith(("ingest.", "service.")) and key != "recipe"
+        if frozen.get(key) != value and not key.startswith(NOT_OF_NODES)
     ]
     fixed = [f"run={config.run}", f"paths.runs={config.paths.runs}"]
     return ["stage", node, *fixed, *(text for text in changed if text not in fixed)]
@@ -388,4 +391,6 @@ HANDLERS: Mapping[str, Callable[..., Any]] = {
     "export": export,
     "clean": clean,
     "doctor": doctor,
+    "serve": serving.serve,
+    "token": serving.token,
 }

@@ -28,9 +28,7 @@ class Annotation:
     """The same on the safety axis."""
 
     def __post_init__(self) -> None:
-        require(
-            self.overlap >= 2, "service.annotation.overlap", self.overlap, "give at least 2"
-        )
+        require(self.overlap >= 2, "service.annotation.overlap", self.overlap, "give at least 2")
         require(
             self.assignment_minutes > 0,
             "service.annotation.assignment_minutes",
@@ -78,7 +76,10 @@ class Service:
             value = getattr(self, name)
             require(value > 0, f"service.{name}", value, "give more than 0")
         require(
-            self.settle_seconds >= 0, "service.settle_seconds", self.settle_seconds, "give 0 or more"
+            self.settle_seconds >= 0,
+            "service.settle_seconds",
+            self.settle_seconds,
+            "give 0 or more",
         )
         require(
             "@" not in (self.database or "") or ":" not in _user(self.database or ""),

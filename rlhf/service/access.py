@@ -75,6 +75,21 @@ def new_token(session: Session, *, name: str, role: str, days: int | None) -> st
     return secret
 
 
+def revoke_tokens(session: Session, *, name: str) -> int:
+    """End a user's tokens, and with them the sessions they opened; returns how many.
+
+    Raises ConfigError for a user that nobody knows.
+    """
+    user = session.scalar(select(User).where(User.name == name))
+    if user is None:
+        known = ", ".join(session.scalars(select(User.name).order_by(User.name))) or "nobody"
+        raise ConfigError(f"{name} is no user of the service: known are {known}")
+    valid = [token for token in user.tokens if token.revoked is None]
+    for token in valid:
+        token.revoked = now()
+    return len(valid)
+
+
 def open_session(
     session: Session, user: User, *, hours: float, token: Token | None = None
 ) -> tuple[str, BrowserSession]:

@@ -82,7 +82,7 @@ class Guard:
         await self.app(scope, _limited(receive, limit), self._with_headers(scope, send))
 
     def _takes_any_host(self) -> bool:
-        """Tell whether any name will do: tokens are needed then, so a rebound name gains nothing."""
+        """Tell whether any name will do: where tokens are needed, a rebound name gains nothing."""
         service = self.state.config.service
         return service.needs_tokens and not service.allowed_hosts
 

@@ -33,7 +33,7 @@ LAYERS = {
         "versions",
         "worker",
     ),
-    5: ("cli", "commands", "doctor", "hydra_app", "service"),
+    5: ("cli", "commands", "doctor", "hydra_app", "service", "serving"),
 }
 LEVEL = {name: level for level, names in LAYERS.items() for name in names}
 MAX_LINES = 400

@@ -29,16 +29,22 @@ def environment() -> Environment:
 
 
 def render(
-    request: Request, template: str, *, status_code: int = 200, **values: Any
+    request: Request,
+    template: str,
+    *,
+    found: Caller | None = None,
+    status_code: int = 200,
+    **values: Any,
 ) -> HTMLResponse:
-    """Return a page for whoever asks; templates also see `caller`, `csrf_field` and `path`."""
-    found = caller(request)
+    """Return a page for whoever asks; templates also see `caller`, `csrf_field` and `path`.
+
+    `found` is for pages that come before signing in.
+    """
+    found = found or caller(request)
     return HTMLResponse(
         environment()
         .get_template(template)
-        .render(
-            caller=found, csrf_field=csrf_field(found), path=request.url.path, **values
-        ),
+        .render(caller=found, csrf_field=csrf_field(found), path=request.url.path, **values),
         status_code=status_code,
         # Runs change, and a shared machine's cache is no place for pairs and comments.
         headers={"Cache-Control": "no-store"},
