@@ -2,8 +2,7 @@
 
 A run that exists is the base of its own configuration: what the command line says goes on top of
 its run.yaml. Everything else starts from conf/run.yaml. Hydra is imported only where it is needed:
-a run that exists is opened without it when the command line holds plain values, in a third of the
-time.
+a command line of plain values goes without it, in a third of the time.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config import Config
+from rlhf.defaults import PRIMARY, stack
 from rlhf.errors import ConfigError
 from rlhf.fingerprint import effects, flatten, plain_tree, read_tree
 
-PRIMARY = "run"
 FROZEN = "frozen"
 RUN_FILE = "run.yaml"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -65,24 +64,32 @@ def load(overrides: Sequence[str], *, needs_run: bool = True) -> Config:
 
 
 def load_plain(overrides: Sequence[str]) -> Config | None:
-    """Load a run that exists, without Hydra; None where that takes Hydra.
+    """Load without Hydra; None where that takes Hydra.
 
-    That is: a new run, an override that is no plain value of a setting, and whatever Hydra refuses.
+    That is: an override that is no plain value of a setting, a new run without a recipe, and
+    whatever Hydra refuses.
     """
     given = plain_values(overrides)
     if given is None:
         return None
     folder = base_folder(given)
-    if folder is None or "${" in (folder / RUN_FILE).read_text(encoding="utf-8"):
-        return None
-    frozen = read_tree(folder / RUN_FILE)
-    changed = {"paths.runs": str(folder.parent), "run": folder.name, **given}
-    if changed.pop("recipe", frozen.get("recipe")) != frozen.get("recipe"):
-        return None
+    if folder is None:
+        chosen = {name: str(given.pop(name)) for name in ("recipe", *groups()) if name in given}
+        trees = stack(conf_dir(), chosen)
+        if trees is None:
+            return None
+        changed = given
+    else:
+        if "${" in (folder / RUN_FILE).read_text(encoding="utf-8"):
+            return None
+        trees = [read_tree(folder / RUN_FILE)]
+        changed = {"paths.runs": str(folder.parent), "run": folder.name, **given}
+        if changed.pop("recipe", trees[0].get("recipe")) != trees[0].get("recipe"):
+            return None
     if not changed.keys() <= effects().keys():
         return None
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), frozen)
+        tree = OmegaConf.merge(OmegaConf.structured(Config), *trees)
         for key, value in changed.items():
             OmegaConf.update(tree, key, value)
         return to_config(tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf import compose
+from rlhf.defaults import stack
 from rlhf.errors import ConfigError
 
 Overrides = Callable[..., list[str]]
@@ -140,6 +142,49 @@ def test_a_run_that_exists_is_read_without_hydra_as_with_it(
     assert read == compose.load_composed([*mine, *given])
     assert read is not None
     assert read.sft.epochs == 7
+
+
+NEW_RUNS = [
+    *([f"recipe={name}"] for name in compose.recipes()),
+    *(
+        [QUICK, f"{path.parent.name}={path.stem}"]
+        for path in sorted(compose.conf_dir().glob("*/*.yaml"))
+        if path.parent.name in compose.groups()
+    ),
+    ["recipe=llama2_7b", "model=llama2_70b", "seed=3", "run=other"],
+    [QUICK, "launcher=slurm", "distributed=zero2", "rounds.limit=3", "model.path=a/b"],
+]
+
+
+@pytest.mark.parametrize("given", NEW_RUNS, ids=" ".join)
+def test_a_new_run_is_composed_without_hydra_as_with_it(given: list[str]) -> None:
+    read = compose.load_plain(given)
+    assert read is not None
+    assert read == compose.load_composed(given)
+
+
+@pytest.mark.parametrize(
+    "given", [["run=new"], [], ["recipe=none"], [QUICK, "model=big"], [QUICK, "paper=llama2"]]
+)
+def test_a_new_run_that_hydra_refuses_is_refused_in_its_words(given: list[str]) -> None:
+    with pytest.raises(ConfigError) as composed:
+        compose.load_composed(given)
+    with pytest.raises(ConfigError) as read:
+        compose.load(given)
+    assert str(read.value) == str(composed.value)
+
+
+def test_forms_of_defaults_that_are_not_known_are_left_to_hydra(tmp_path: Path) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(compose.conf_dir(), conf)
+    assert stack(conf, {"recipe": "quickstart"}) is not None
+    recipe = conf / "recipe/quickstart.yaml"
+    recipe.write_text(recipe.read_text().replace("override /model: toy", "optional /model: toy"))
+    assert stack(conf, {"recipe": "quickstart"}) is None
+    primary = conf / "run.yaml"
+    assert stack(conf, {"recipe": "smollm2"}) is not None
+    primary.write_text(primary.read_text().replace("  - _self_\n", "  - _self_\n  - extra\n"))
+    assert stack(conf, {"recipe": "smollm2"}) is None
 
 
 def test_a_run_is_called_and_lies_as_its_folder_says(

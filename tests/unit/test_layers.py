@@ -17,6 +17,7 @@ LAYERS = {
         "compose",
         "datacheck",
         "cost",
+        "defaults",
         "fingerprint",
         "lease",
         "launch",
