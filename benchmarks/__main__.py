@@ -30,7 +30,7 @@ from benchmarks.growth import grow
 from benchmarks.play import Settings, Stage, play, profile
 from benchmarks.rounds import Quiet
 from benchmarks.suites import REFERENCE, SIZES, Entry, entries, quickstart, startup
-from benchmarks.table import page
+from benchmarks.table import page, without_folders
 from benchmarks.workload import Material, prepare
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def describe(given: argparse.Namespace, *, text: str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "commit": _git("rev-parse", "HEAD"),
         "is_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": shlex.join(["python", "-m", "benchmarks", *given.arguments]),
+        "command": shlex.join(["python", "-m", "benchmarks", *without_folders(given.arguments)]),
         "machine": machine.describe(),
         "model": str(given.model or "toy"),
         "text": text,
@@ -175,8 +175,9 @@ def main(arguments: list[str]) -> None:
             result["suites"].append(_quickstart(given, how, material))
         else:
             result["suites"] += [play(stage(suite, precision)) for precision in precisions]
-        (given.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (given.out / f"{stem}.md").write_text(page(result), encoding="utf-8")
+        shown = without_folders(result)
+        (given.out / f"{stem}.json").write_text(json.dumps(shown, indent=1) + "\n")
+        (given.out / f"{stem}.md").write_text(page(shown), encoding="utf-8")
         log.info("%s is written to %s", suite, given.out / f"{stem}.md")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.suites import UNITS
@@ -62,6 +63,20 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> str:
         verdict = "yes" if row["within"] else "NO"
         lines.append(f"| {row['axis']} | {values} | {seconds} | {exponents} | {verdict} |")
     return "\n".join(lines) + "\n"
+
+
+def without_folders(value: Any) -> Any:
+    """Return a JSON value whose absolute paths are names: where things lie concerns nobody else."""
+    if isinstance(value, str):
+        name, equals, path = value.partition("=")
+        if equals and path.startswith("/"):
+            return f"{name}={Path(path).name}"
+        return Path(value).name if value.startswith("/") else value
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    return value
 
 
 def number(value: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.play import reached
 from benchmarks.suites import BEST, DEFAULT, ENTRIES, OURS, SIZES, TARGETS, UNITS, Target, entries
-from benchmarks.table import number, section
+from benchmarks.table import number, section, without_folders
 
 
 def row(name: str, library: str, rate: float | None, **changes: Any) -> dict[str, Any]:
@@ -145,3 +145,12 @@ def test_every_suite_has_ours_and_distinct_names(precision: str) -> None:
         found = entries(suite_name, precision)
         assert sum(entry.library == OURS for entry in found) == 1
         assert len({entry.name for entry in found}) == len(found)
+
+
+def test_a_page_does_not_say_where_things_lie() -> None:
+    found = {
+        "command": ["--model", "/models/smollm2", "vllm=/envs/vllm", "sft.steps=2"],
+        "n": [1.5],
+    }
+    shown = {"command": ["--model", "smollm2", "vllm=vllm", "sft.steps=2"], "n": [1.5]}
+    assert without_folders(found) == shown
