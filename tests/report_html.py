@@ -197,7 +197,7 @@ def strings(tree: Any) -> Iterator[str]:
 
 def fixed_words() -> str:
     """Return every string that the page's code and template spell out."""
-    found = [(VIEW / "templates" / "page.html").read_text(encoding="utf-8")]
+    found = [path.read_text(encoding="utf-8") for path in (VIEW / "templates").glob("*.html")]
     for path in VIEW.glob("view/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

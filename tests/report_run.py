@@ -20,6 +20,7 @@ from rlhf.config import OnBadRow
 from rlhf.data.ingest import ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import AXES, STRENGTHS, Kind
+from rlhf.data.tombstones import Tombstone
 from rlhf.inference.accuracy import accuracy_cells, measure, safety_detection
 from rlhf.report.gather.reward import scored_pair
 
@@ -92,7 +93,28 @@ class Maker:
             "energy": {"kwh": kwh, "method": "estimated", "source": "s", "co2_kg": kwh * 0.4235},
         }
         write_manifest(folder, entries)
-        self.nodes.append({"name": name, "stage": stage, "round": round_, "options": options})
+        self.nodes.append(
+            {
+                "name": name,
+                "stage": stage,
+                "round": round_,
+                "after": self._after(stage, round_),
+                "inputs": {},
+                "options": options,
+            }
+        )
+
+    def _after(self, stage: str, round_: int) -> list[str]:
+        """Return what a node waits for: its round's earlier stages, and the round before."""
+        own = {"reward": (), "sweep": ("reward",), "rejection": ("reward", "sweep")}
+        own |= {"ppo": ("reward",), "evaluate": ("reward", "rejection", "ppo")}
+        before = ("sft",) if round_ <= 1 else ("evaluate",)
+        return [
+            node["name"]
+            for node in self.nodes
+            if (node["round"] == round_ and node["stage"] in own.get(stage, ()))
+            or (node["round"] == round_ - 1 and node["stage"] in before and stage != "sft")
+        ]
 
     def score(self, middle: float, spread: float = 1.5) -> float:
         """Return a raw score."""
@@ -174,21 +196,15 @@ def _store(maker: Maker) -> None:
 
 def _withdraw(maker: Maker) -> None:
     """Write a withdrawal of two rows, as the store keeps it."""
-    stone = {
-        "sequence": maker.rounds + 1,
-        "what": "withdrawal",
-        "kind": "",
-        "of": "",
-        "by": "",
-        "brought": "",
-        "reason": f"consent withdrawn {HOSTILE}",
-        "time": "2026-01-02T03:04:05+00:00",
-        "file": {},
-        "num_rows": 2,
-        "rows": {"batch": {"week-1": ["w1-0", "w1-1"]}},
-        "digest": "ab" * 32,
-    }
-    write_json(maker.root / "store" / STREAM / "tombstones" / "00006.json", stone)
+    stone = Tombstone(
+        sequence=maker.rounds + 1,
+        rows={"batch": {"week-1": ("w1-0", "w1-1")}},
+        reason=f"consent withdrawn {HOSTILE}",
+        time="2026-01-02T03:04:05+00:00",
+        file={},
+    )
+    name = f"{stone.sequence:05}.json"
+    write_json(maker.root / "store" / STREAM / "tombstones" / name, stone.to_json())
 
 
 def _comparison(maker: Maker, k: int, i: int, share: float) -> Row:

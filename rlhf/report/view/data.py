@@ -12,7 +12,7 @@ from rlhf.report.view.charts import Panel
 from rlhf.report.view.common import AXIS_COLOURS, SERIES, badge, strength_name, words
 from rlhf.report.view.marks import Mark, Point, value_of
 from rlhf.report.view.refs import Ref, interval, text
-from rlhf.report.view.scales import Axis, axis
+from rlhf.report.view.scales import axis, batches_axis
 
 LEAD = (
     "What went in. Healthy: batches resemble each other except where you changed the task on "
@@ -77,15 +77,8 @@ def _mix(batches: list[Ref]) -> Figure:
             ]
         values = [value_of(mark.y) for mark in marks if isinstance(mark, Point)]
         y = axis("comparisons", values, include=(0.0,), form="d")
-        panels.append(Panel(f"accepted by {group}", _batch_axis(ids), y, marks))
+        panels.append(Panel(f"accepted by {group}", batches_axis(ids), y, marks))
     return Figure("batch-mix", "What each batch holds", panels)
-
-
-def _batch_axis(ids: list[str]) -> Axis:
-    """Return an axis of batches; of many, only some are named."""
-    every = -(-len(ids) // 5)
-    ticks = [(float(i), name) for i, name in enumerate(ids) if i % every == 0]
-    return Axis("batch", -0.4, len(ids) - 0.6, ticks, "d")
 
 
 def _counts(batches: list[Ref]) -> Table:

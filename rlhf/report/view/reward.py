@@ -33,7 +33,7 @@ def section(report: Ref) -> Section:
     blocks: list[Block] = [
         _by_strength(rows),
         *_by_source(report["reward_by_source"]),
-        _on_arrival(report),
+        on_arrival(report),
         *_curves(report["reward_curves"]),
         _table(report),
     ]
@@ -45,7 +45,7 @@ def _by_strength(rows: Ref) -> Figure:
     for name in AXES:
         own = rows.where(axis=name)
         if own:
-            panels.append(_dot_panel(name, own))
+            panels.append(dot_panel(name, own))
     note = (
         "Bars are intervals clustered by prompt. The upright stroke is the accuracy of \u201cthe "
         "longer response wins\u201d, the cross that of the pass with both responses exchanged, "
@@ -54,7 +54,8 @@ def _by_strength(rows: Ref) -> Figure:
     return Figure("accuracy-by-strength", "Held-out accuracy by strength", panels, note)
 
 
-def _dot_panel(title: str, rows: Sequence[Ref], *, colour: str | None = None) -> Panel:
+def dot_panel(title: str, rows: Sequence[Ref]) -> Panel:
+    """Return accuracies of one axis by strength: a row per strength, in it a dot per round."""
     names = list(dict.fromkeys(strength_name(row.value["strength"]) for row in rows))
     y = categories(names)
     places = {text: value for value, text in y.ticks}
@@ -105,7 +106,7 @@ def _by_source(rows: Ref) -> Iterator[Block]:
             continue
         for source in sources:
             found = [row for row in own if row.value["source"] == source]
-            panels.append(_dot_panel(f"{name}: {source}", found))
+            panels.append(dot_panel(f"{name}: {source}", found))
     if panels:
         yield Figure(
             "accuracy-by-source",
@@ -115,7 +116,8 @@ def _by_source(rows: Ref) -> Iterator[Block]:
         )
 
 
-def _on_arrival(report: Ref) -> Block:
+def on_arrival(report: Ref) -> Block:
+    """Return accuracy per round: of the new model, and of the old one on the new batch."""
     before = [row for row in report["reward_accuracy_before"] if row.value["strength"] is None]
     if not before:
         return Note(

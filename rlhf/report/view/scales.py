@@ -94,6 +94,13 @@ def whole(label: str, numbers: Sequence[int]) -> Axis:
     return Axis(label, low - 0.4, high + 0.4, ticks, "d")
 
 
+def batches_axis(ids: Sequence[str]) -> Axis:
+    """Return an axis of batches; of many, only some are named."""
+    every = -(-len(ids) // 5)
+    ticks = [(float(i), name) for i, name in enumerate(ids) if i % every == 0]
+    return Axis("batch", -0.4, len(ids) - 0.6, ticks, "d")
+
+
 def categories(names: Sequence[str]) -> Axis:
     """Return a vertical axis with one row per name, the first on top."""
     last = len(names) - 1

@@ -39,19 +39,21 @@ FLAG_NAMES = {
     "false_refusal": "false refusal",
 }
 JUDGES = tuple(f"judge_{axis}" for axis in AXES)
+Refs = Ref | Sequence[Ref]
+"""An array of the report, or some of its parts."""
 
 
 def section(report: Ref) -> Section:
     """Return the section."""
     blocks: list[Block] = []
     if report["versions"]:
-        blocks += [_scores(report["versions"]), _versions(report["versions"])]
+        blocks += [_scores(report["versions"]), versions_table(report["versions"])]
     if report["evaluations"]:
         blocks += [
-            _decisions(report["evaluations"]),
-            _win_rates(report["evaluations"]),
-            _behaviour(report["evaluations"]),
-            *_examples(report["examples"]),
+            decisions(report["evaluations"]),
+            win_rates(report["evaluations"]),
+            behaviour(report["evaluations"]),
+            *examples(report["examples"]),
         ]
     else:
         blocks.append(Note("No evaluation is finished yet: `rlhf run` ends every round with one."))
@@ -115,7 +117,8 @@ def _versions_panel(title: str, names: Sequence[str], marks: Sequence[Mark], lab
     return Panel(title, _version_axis(names), axis(label, values), marks)
 
 
-def _versions(versions: Ref) -> Table:
+def versions_table(versions: Refs) -> Table:
+    """Return every version with its state and its scores under the newest judges."""
     has_gold = any(version["gold"] for version in versions)
     golds = ("helpfulness", "violation_rate", "over_refusal_rate")
     columns = [
@@ -143,7 +146,8 @@ def _interval_cell(values: Ref, form: str = "f3") -> Cell:
     return Cell(interval(values, form), values["mean"].value if values else None)
 
 
-def _decisions(evaluations: Ref) -> Table:
+def decisions(evaluations: Refs) -> Table:
+    """Return every rule that decided about a version, and what it measured."""
     columns = [
         Column("version", numeric=False, filter=True),
         Column("against", numeric=False),
@@ -181,7 +185,8 @@ def _holds(ok: bool) -> Cell:
     return Cell(Markup('<span class="badge {}">{}</span>').format(level, word), word)
 
 
-def _win_rates(evaluations: Ref) -> Figure:
+def win_rates(evaluations: Refs) -> Figure:
+    """Return a panel of win rates per evaluation."""
     panels = []
     for evaluation in evaluations:
         y = categories([words(group) for group in GROUPS])
@@ -226,7 +231,8 @@ def _limits_of(marks: Sequence[Mark]) -> list[float]:
     return [place.value for place in places if place is not None and place.value is not None]
 
 
-def _behaviour(evaluations: Ref) -> Table:
+def behaviour(evaluations: Refs) -> Table:
+    """Return what both versions of every evaluation did, apart from scores."""
     columns = [
         Column("round"),
         Column("version", numeric=False),
@@ -257,7 +263,8 @@ def _behaviour(evaluations: Ref) -> Table:
     return Table("behaviour", "Behaviour on held-out prompts", columns, rows, note)
 
 
-def _examples(rounds: Ref) -> Iterator[Block]:
+def examples(rounds: Refs) -> Iterator[Block]:
+    """Yield the answers of every round side by side, the first round open."""
     if not rounds:
         yield Note("No answers to compare yet: the evaluation of a round writes responses.jsonl.")
     for number_, part in enumerate(rounds):
