@@ -16,8 +16,6 @@ from rlhf.compose import RUN_FILE, known_runs, run_dir
 from rlhf.config import Config, LauncherKind
 from rlhf.cost.estimate import estimate
 from rlhf.cost.show import estimate_table
-from rlhf.data.ledger import Store
-from rlhf.data.records import Kind
 from rlhf.errors import STOPPED_EXIT, ConfigError
 from rlhf.fingerprint import (
     PLAN_GROUPS,
@@ -225,24 +223,17 @@ def _show_ended(plan: Plan, folder: Path, ended: Mapping[str, str], out: Console
 
 def ingest(config: Config, *files: str) -> int:
     # With NumPy and scipy, which other commands need not wait for.
-    from rlhf import datacheck
     from rlhf.data.corrections import withdraw
-    from rlhf.data.ingest import ingest_file
-    from rlhf.data.similar import RepeatRules
+    from rlhf.intake import add_file, chosen_kind, drift_line, target_store
     from rlhf.usage import show_usage, show_withdrawal
 
     settings = config.ingest
-    kind = None
-    if settings.kind is not None:
-        if settings.kind not in Kind.__members__:
-            known = ", ".join(Kind.__members__)
-            raise ConfigError(f"ingest.kind={settings.kind} is unknown: choose one of {known}")
-        kind = Kind[settings.kind]
+    kind = chosen_kind(config)
     for key in ("id", "supersedes"):
         value = getattr(settings, key)
         if value is not None and len(files) > 1:
             raise ConfigError(f"ingest.{key}={value} names {len(files)} files: give one file")
-    store = Store(Path(config.paths.store), settings.stream)
+    store = target_store(config)
     if settings.retract is not None:
         if files or settings.supersedes is not None:
             raise ConfigError(
@@ -255,28 +246,13 @@ def ingest(config: Config, *files: str) -> int:
     out = console()
     for file in files:
         with show_work(out) as progress:
-            ingested = ingest_file(
-                Path(file),
-                store,
-                kind=kind,
-                id=settings.id,
-                on_bad_row=settings.on_bad_row,
-                axis=settings.axis,
-                heldout_share=config.data.heldout_share,
-                heldout_salt=config.data.heldout_salt,
-                max_chars=settings.max_chars,
-                is_safety_default=config.data.is_safety_default,
-                repeats=RepeatRules.of(settings),
-                supersedes=settings.supersedes,
-                reason=settings.reason,
-                progress=progress,
-            )
+            ingested = add_file(config, Path(file), progress=progress)
         out.print(ingested.message, markup=False)
         if settings.supersedes is not None and ingested.added:
             stone = next(s for s in store.tombstones() if s.by == ingested.id)
             show_usage(config, store, stone, out)
-        elif ingested.added and ingested.kind is Kind.batch:
-            line = datacheck.batch_headline(config, store, ingested.id)
+        line = drift_line(config, ingested)
+        if line:
             out.print(line, markup=False, highlight=False)
     return 0
 

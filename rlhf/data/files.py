@@ -78,6 +78,11 @@ def quote(value: object) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
 
 
+def storable(text: str) -> str:
+    """Return a text that can be written: half characters, which JSON can hold, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def file_format(path: Path) -> str:
     """Return jsonl, jsonl.gz or parquet, by the first bytes; DataError when there is no file."""
     try:

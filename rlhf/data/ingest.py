@@ -29,7 +29,7 @@ from rlhf.data.corrections import (
     open_correction,
     replaced_rows,
 )
-from rlhf.data.files import Block, RowError, file_format, read_blocks, read_objects
+from rlhf.data.files import Block, RowError, file_format, read_blocks, read_objects, storable
 from rlhf.data.ledger import Entry, Progress, Store, silent
 from rlhf.data.parse import Defaults, infer_kind
 from rlhf.data.records import AXES, Kind
@@ -77,6 +77,18 @@ class IngestReport:
     refused: list[dict[str, Any]]
     excluded: list[dict[str, Any]]
     message: str
+
+
+class BadRows(DataError):
+    """A file that is refused because of its rows; the first MAX_REPORTED are in `rows`.
+
+    `rows` has line, reason and value of each; `counts` is as in an IngestReport.
+    """
+
+    def __init__(self, message: str, *, counts: dict[str, int], rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.counts = counts
+        self.rows = rows
 
 
 @dataclass(slots=True)
@@ -176,7 +188,8 @@ def _add(
         verdicts = add_similar(verdicts, staging, history, batch=id, rules=repeats)
     judged = Judged(staging, kind, verdicts)
     if judged.num_refused and settings["on_bad_row"] == OnBadRow.refuse.name:
-        raise DataError(_refusal(path, judged))
+        rows = list(islice(judged.refused(), MAX_REPORTED))
+        raise BadRows(_refusal(path, judged), counts=judged.counts, rows=rows)
     manifest = _manifest(target, parsed, judged, settings)
     stone = None
     if correction is not None:
@@ -248,7 +261,8 @@ def _parse(
         )
         for done, (table, refused, extra_fields) in blocks:
             staging.add(table, refused)
-            parsed.extra_fields.update(extra_fields)
+            for name, number in extra_fields.items():
+                parsed.extra_fields[storable(name)] += number
             progress(f"read {path.name}", done, size)
         parsed.file["sha256"] = sha256.result()
     staging.finish()

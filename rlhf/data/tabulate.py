@@ -25,6 +25,7 @@ from rlhf.data.files import (
     plain_row,
     quote,
     read_object,
+    storable,
 )
 from rlhf.data.keys import DERIVED
 from rlhf.data.parse import ROLES, Defaults, parse_meta, parse_row, unknown_fields
@@ -63,7 +64,7 @@ def record_schema(kind: Kind) -> pa.Schema:
 def refused_row(line: int, reason: str, value: object) -> dict[str, Any]:
     """Return an entry of refused.jsonl; long values are shortened."""
     text = value if isinstance(value, str) else quote(value)
-    return {"line": line, "reason": reason, "value": text[:MAX_REFUSED_VALUE]}
+    return {"line": line, "reason": reason, "value": storable(text[:MAX_REFUSED_VALUE])}
 
 
 def tabulate(block: Block, kind: Kind, defaults: Defaults, *, by_row: bool = False) -> Tabulated:

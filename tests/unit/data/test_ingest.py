@@ -73,6 +73,8 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("flag", row(1, chosen_safe="true"), "chosen_safe='true' is not true, false or null"),
     ("tie", row(1, meta={"tie": "yes"}), "meta.tie='yes' is not true, false or null"),
     ("surrogate", row(1, chosen="\ud83d"), "holds half a character"),
+    ("half value", row(1, strength="a\ud83d"), "strength='a\\ud83d' is not one of"),
+    ("half role", row(1, prompt=[{"role": "\ud83d", "content": "x"}]), "role='\\ud83d' is not"),
     ("same id", row(0, chosen="another answer"), "id='r0' has other content on line 1"),
 ]
 
@@ -115,6 +117,16 @@ def test_all_bad_rows_are_listed_up_to_twenty(tmp_path: Path, store: Store) -> N
     assert not store.root.exists()
 
 
+def test_half_a_character_in_the_name_of_a_field_is_spelled_out(
+    tmp_path: Path, store: Store
+) -> None:
+    path = write(tmp_path / "w.jsonl", [row(0, **{"a\ud83d": 1}), row(1)])
+    report = add(path, store)
+    assert report.message.endswith("; fields kept in meta: a\\ud83d (1)")
+    assert store.manifest(Kind.batch, "w")["extra_fields"] == {"a\\ud83d": 1}
+    assert store.comparisons(Kind.batch, "w")[0].meta == {"a\ud83d": 1}
+
+
 def test_unknown_strength_in_row_17(tmp_path: Path, store: Store) -> None:
     rows = [row(i) for i in range(20)]
     rows[16]["strength"] = "hugely_better"
@@ -154,9 +166,9 @@ def test_a_file_with_every_kind_of_damage_is_counted_exactly(tmp_path: Path, sto
     counts = dict(report.counts)
     assert counts.pop("heldout") == sum(r.heldout for r in store.comparisons(Kind.batch, "new"))
     assert counts == {
-        "read": 33,
+        "read": len(rows),
         "accepted": 8,
-        "refused": 14,
+        "refused": len(FAULTS),
         "excluded": 11,
         "empty_text": 1,
         "over_long": 1,
@@ -176,7 +188,7 @@ def test_a_file_with_every_kind_of_damage_is_counted_exactly(tmp_path: Path, sto
     }
     accepted = [r.id for r in store.comparisons(Kind.batch, "new")]
     assert accepted == ["r0", "r1", "r2", "r3", "r4", "r29", "r30", "r31"]
-    assert [r["line"] for r in report.refused] == list(range(6, 20))
+    assert [r["line"] for r in report.refused] == list(range(6, 6 + len(FAULTS)))
     excluded = (store.folder / "batches" / "new" / "excluded.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in excluded] == report.excluded
     fates = {r["line"] for r in report.refused} | {r["line"] for r in report.excluded}
