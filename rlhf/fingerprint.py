@@ -105,10 +105,16 @@ def read_flat(path: Path) -> dict[str, Any]:
 def read_tree(path: Path) -> dict[str, Any]:
     """Return the groups and settings of a config.yaml or run.yaml, values as OmegaConf reads them.
 
-    Raises ArtifactError when there are none.
+    Raises ArtifactError when there are none, or the file is damaged.
     """
     with path.open("rb") as file:
-        tree = yaml.load(file, Loader=_Loader)
+        try:
+            tree = yaml.load(file, Loader=_Loader)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ArtifactError(
+                f"{path} is not YAML ({reason}); restore it or start a new run"
+            ) from error
     if not isinstance(tree, dict):
         raise ArtifactError(f"{path} does not hold settings; restore it or start a new run")
     return {str(name): value for name, value in tree.items()}

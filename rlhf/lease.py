@@ -75,6 +75,22 @@ def current_job() -> tuple[str, int]:
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
+def this_process(token: str) -> Holder:
+    """Return this process as the holder of something, alive now."""
+    job, attempt = current_job()
+    return Holder(
+        job=job,
+        attempt=attempt,
+        host=socket.gethostname(),
+        space=_read_link("/proc/self/ns/pid"),
+        boot=boot_id(),
+        pid=os.getpid(),
+        start=process_start(os.getpid()) or 0,
+        token=token,
+        heartbeat=time.time(),
+    )
+
+
 def is_gone(holder: Holder, *, now: float) -> bool:
     """Tell whether a holder's process has ended, or its heartbeat stayed away too long.
 
@@ -148,18 +164,7 @@ class Lease:
                 self._write()
 
     def _write(self) -> None:
-        job, attempt = current_job()
-        holder = Holder(
-            job=job,
-            attempt=attempt,
-            host=socket.gethostname(),
-            space=_read_link("/proc/self/ns/pid"),
-            boot=boot_id(),
-            pid=os.getpid(),
-            start=process_start(os.getpid()) or 0,
-            token=self._token,
-            heartbeat=time.time(),
-        )
+        holder = this_process(self._token)
         write_bytes(self.path, json.dumps(asdict(holder), indent=2).encode() + b"\n")
 
     @contextmanager

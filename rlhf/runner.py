@@ -25,7 +25,7 @@ from rlhf.errors import DISK_FULL, STOPPED_EXIT, ConfigError, StageError, Stoppe
 from rlhf.fingerprint import STAGES, differences, flat_config, read_flat
 from rlhf.launch.local import PLAN, NodeServer
 from rlhf.nodes import Node
-from rlhf.plan import Listing, Plan, build_plan, check_sets, waiting_batches
+from rlhf.plan import Listing, Plan, Round, build_plan, check_sets, waiting_batches
 from rlhf.progress import duration, follow
 from rlhf.resolve import Resolver, check_external_models
 from rlhf.state import is_started, log_tail, what_changed
@@ -74,6 +74,26 @@ def draft(config: Config) -> tuple[Plan, Listing]:
     nodes = previous.nodes if previous is not None else ()
     started = max((n.round for n in nodes if is_started(folder / n.name)), default=-1)
     return build_plan(config, listing, previous, started=started), listing
+
+
+def extend(config: Config) -> tuple[Round, ...]:
+    """Append the rounds that new batches allow to the plan of a run; returns them.
+
+    Earlier rounds stay as they are, also while the run works on them; a run that has not started
+    stays without a plan.
+    """
+    folder = run_dir(config)
+    previous = read_plan(folder)
+    if previous is None:
+        return ()
+    drafted, _ = draft(config)
+    added = drafted.rounds[len(previous.rounds) :]
+    if added:
+        # Which corrections an earlier round takes in is decided when the run goes on.
+        rounds = (*previous.rounds, *added)
+        plan = replace(drafted, rounds=rounds, as_of=previous.as_of)
+        write_json(folder / PLAN, plan.to_json())
+    return added
 
 
 def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES) -> Prepared:
