@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from http import HTTPStatus
-from importlib.metadata import version
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from rlhf.errors import LauncherError, RlhfError, UserError
+from rlhf.errors import RlhfError
+from rlhf.provenance import versions
 from rlhf.service.access import check_origin
+from rlhf.service.api.idempotency import Idempotent
+from rlhf.service.api.metering import Meter, Metered
+from rlhf.service.api.openapi import describe
 from rlhf.service.guards import Guard
-from rlhf.service.problems import Problem, problem_response
+from rlhf.service.pages.errors import error_page, wants_page
+from rlhf.service.problems import Problem, problem_response, status_of
 from rlhf.service.state import State
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION = "Runs, batches and annotations of one folder of runs and one store."
+
+HINTS: Mapping[int, str] = {
+    HTTPStatus.NOT_FOUND: "nothing is at this address: /api/v1/openapi.json lists what there is",
+    HTTPStatus.METHOD_NOT_ALLOWED: "this address does not take this method: /api/v1/openapi.json "
+    "lists those it takes",
+    HTTPStatus.BAD_REQUEST: "the request could not be read, or broke off: send it again",
+}
+"""What an error of the framework itself says."""
 
 
 def create_app(
@@ -42,7 +55,8 @@ def create_app(
 
     app = FastAPI(
         title="rlhf",
-        version=version("rlhf"),
+        # A checkout that is not installed has no number.
+        version=versions()["rlhf"] or "0",
         description=DESCRIPTION,
         lifespan=lifespan,
         dependencies=[Depends(check_origin)],
@@ -54,34 +68,45 @@ def create_app(
     app.state.service = state
     for module in (health, reading, runs, batches, annotation, pages):
         app.include_router(module.router)
-    app.mount("/static", pages.static_files())
+    describe(app)
     _answer_errors(app)
+    # The last one is the outermost.
+    app.add_middleware(Idempotent, state=state)
     app.add_middleware(Guard, state=state)
+    meter = Meter(state)
+    app.state.meter = meter
+    app.add_middleware(Metered, meter=meter)
     return app
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Turn errors into problem documents."""
+    """Turn errors into problem documents, and into pages for people."""
+
+    def answer(request: Request, status: int, detail: str, **extra: Any) -> Response:
+        if wants_page(request):
+            return error_page(request, status, detail)
+        return problem_response(status, detail, **extra)
 
     @app.exception_handler(RlhfError)
-    def known(_: Request, error: RlhfError) -> Response:
-        if isinstance(error, Problem):
-            return problem_response(error.status, str(error), **error.extra)
-        return problem_response(status_of(error), str(error))
+    def known(request: Request, error: RlhfError) -> Response:
+        extra = error.extra if isinstance(error, Problem) else {}
+        return answer(request, status_of(error), str(error), **extra)
 
     @app.exception_handler(HTTPException)
-    def http(_: Request, error: HTTPException) -> Response:
+    def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers) if error.headers else None
-        return problem_response(error.status_code, str(error.detail), headers=headers)
+        said = HINTS.get(error.status_code, str(error.detail))
+        return answer(request, error.status_code, said, headers=headers)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> Response:
+    def invalid(request: Request, error: RequestValidationError) -> Response:
         rows = [
             {"field": ".".join(map(str, item["loc"])), "reason": item["msg"]}
             for item in error.errors()
         ]
         said = "; ".join(f"{row['field']}: {row['reason']}" for row in rows)
-        return problem_response(
+        return answer(
+            request,
             HTTPStatus.UNPROCESSABLE_ENTITY,
             f"{said}; /api/v1/openapi.json says what is accepted",
             errors=rows,
@@ -90,16 +115,8 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     def unknown(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem_response(
+        return answer(
+            request,
             HTTPStatus.INTERNAL_SERVER_ERROR,
             "this is a bug in rlhf: the server's log has the details; please report it",
         )
-
-
-def status_of(error: RlhfError) -> HTTPStatus:
-    """Return the HTTP status that fits an error of the command line."""
-    if isinstance(error, UserError):
-        return HTTPStatus.UNPROCESSABLE_ENTITY
-    if isinstance(error, LauncherError):
-        return HTTPStatus.BAD_GATEWAY
-    return HTTPStatus.CONFLICT

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 FORM_BYTES = 2**20
 """Largest body of a request that is no upload."""
+MAX_DIGITS = 18
+"""Longest length in decimal digits; Python refuses to read very long ones."""
 UPLOAD_TYPE = "application/octet-stream"
 """Content type of uploads, which are streamed to disk under a limit of their own."""
 HEADERS = {
@@ -71,7 +73,7 @@ class Guard:
             return
         limit = self._limit(headers)
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > limit:
+        if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > limit:
             response = problem_response(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"the body may have {limit} bytes at most: send less, or raise "
@@ -111,7 +113,8 @@ class Guard:
             user=found.name if found else "(nobody)",
             role=found.role if found else "",
             action=f"{scope['method']} {path}"[:200],
-            target=scope["path"][:500],
+            # PostgreSQL stores no text with a zero byte.
+            target=scope["path"].replace("\0", "\\0")[:500],
             status=status,
             detail=scope.get(AUDIT, {}),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from rlhf.errors import RlhfError
+from rlhf.errors import LauncherError, RlhfError, UserError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -21,19 +21,43 @@ class Problem(RlhfError):
         self.extra = extra
 
 
+def status_of(error: RlhfError) -> HTTPStatus:
+    """Return the HTTP status that fits an error, also one of the command line."""
+    if isinstance(error, Problem):
+        return error.status
+    if isinstance(error, UserError):
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    if isinstance(error, LauncherError):
+        return HTTPStatus.BAD_GATEWAY
+    return HTTPStatus.CONFLICT
+
+
 def problem(status: int, detail: str, **extra: Any) -> dict[str, Any]:
     """Return the members of a problem document."""
     title = HTTPStatus(status).phrase
     return {"type": "about:blank", "title": title, "status": status, "detail": detail, **extra}
 
 
+def problem_of(error: RlhfError) -> dict[str, Any]:
+    """Return the problem document of an error."""
+    extra = error.extra if isinstance(error, Problem) else {}
+    return problem(status_of(error), str(error), **extra)
+
+
 def problem_response(
     status: int, detail: str, *, headers: dict[str, str] | None = None, **extra: Any
 ) -> JSONResponse:
     """Return a problem document as an answer."""
+    return document_response(problem(status, detail, **extra), headers=headers)
+
+
+def document_response(
+    document: dict[str, Any], *, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """Return a problem document as an answer with its own status."""
     return JSONResponse(
-        problem(status, detail, **extra),
-        status_code=status,
+        document,
+        status_code=document["status"],
         media_type=MEDIA_TYPE,
         headers=headers,
     )

@@ -16,6 +16,8 @@ from rlhf.errors import ConfigError
 
 FILE = "service.db"
 PASSWORD = "RLHF_DATABASE_PASSWORD"
+PASSWORD_FILE = "RLHF_DATABASE_PASSWORD_FILE"
+"""Names the file that holds the password, as containers get it."""
 READING = "rlhf_reading"
 """Execution option of connections that write nothing, and so need not wait for writers."""
 BUSY_MILLISECONDS = 30_000
@@ -38,12 +40,26 @@ def open_engine(settings: Service, folder: Path) -> Engine:
             f"service.database={settings.database} is no PostgreSQL: write "
             "postgresql+psycopg://USER@HOST/NAME, or null for SQLite"
         )
-    password = os.environ.get(PASSWORD)
+    password = _password()
     url = url.set(drivername="postgresql+psycopg")
     # A connection that the server closed is replaced before it is used.
     return create_engine(
         url.set(password=password) if password else url, pool_pre_ping=True, pool_size=20
     )
+
+
+def _password() -> str | None:
+    """Return the password of the environment; raises ConfigError for a file that is not there."""
+    path = os.environ.get(PASSWORD_FILE)
+    if path is None:
+        return os.environ.get(PASSWORD)
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"{PASSWORD_FILE}={path} cannot be read ({error.strerror}): write the password into "
+            "it, readable by the user that runs this"
+        ) from error
 
 
 def _open_sqlite(path: Path) -> Engine:
