@@ -1,0 +1,208 @@
+"""Where each node of a run stands, how it ended, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhf.artifacts import MANIFEST, read_json
+from rlhf.config import LauncherKind
+from rlhf.errors import ArtifactError
+from rlhf.launch.failures import (
+    CANCELLED,
+    ERROR,
+    PREEMPTED,
+    STOPPED,
+    TIME_LIMIT,
+    classify,
+    remedy,
+)
+from rlhf.launch.jobs import Job
+from rlhf.launch.operator import failure_of, known_jobs
+from rlhf.nodes import Node
+from rlhf.service.facts.files import Stamp, not_found, stamp, steadily, tail
+from rlhf.service.facts.runs import Run
+from rlhf.state import LOG, NodeState, node_state
+
+JOBS_SECONDS = 5.0
+"""The scheduler is asked about a run at most this often, however many look at its page."""
+LOG_LINES = 60
+"""Lines of a log in which a node's last word is looked for."""
+RECORD = re.compile(r"[\d-]{10} [\d:]{8},\d{3} (?P<level>[A-Z]+) \S+: (?P<text>.*)")
+"""A line of a node's log that the logging module wrote."""
+MAX_FINISHED = 10_000
+"""Finished nodes that are remembered."""
+BAD_INPUT_ERRORS = ("ConfigError", "DataError", "UserError")
+NO_FAILURES = ("", STOPPED, CANCELLED, PREEMPTED, TIME_LIMIT)
+"""Ends after which a node goes on where it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """A node of the plan and where it stands.
+
+    `state` is done, running, stopped or waiting; `seconds`, `eta` and `silent` are in seconds;
+    `failure` is a kind of launch/failures.py, "" without one, and `remedy` what to do about it.
+    """
+
+    name: str
+    stage: str
+    round: int
+    after: tuple[str, ...]
+    state: str
+    step: int
+    total: int
+    seconds: float
+    eta: float | None
+    silent: float | None
+    peak_memory_mb: float | None
+    job: dict[str, str] | None
+    failure: str
+    remedy: str
+
+    @property
+    def has_failed(self) -> bool:
+        """Tell whether the node ended in a way that somebody has to look at."""
+        return self.failure not in NO_FAILURES
+
+
+def find_node(run: Run, name: str) -> Node:
+    """Return a node of the plan; a Problem (404) naming the nodes there are."""
+    for node in run.plan.nodes:
+        if node.name == name:
+            return node
+    raise not_found(f"node of run {run.name}:", name, (node.name for node in run.plan.nodes))
+
+
+def node_rows(run: Run, *, ask_scheduler: bool = True) -> list[NodeRow]:
+    """Return every node of the plan, in its order.
+
+    Without `ask_scheduler` only files are read, so that nothing is known about waiting jobs.
+    """
+    jobs = _JOBS.of(run) if ask_scheduler else {}
+    return [_row(run, node, jobs.get(node.name)) for node in run.plan.nodes]
+
+
+def _row(run: Run, node: Node, job: Job | None) -> NodeRow:
+    folder = run.folder / node.name
+    try:
+        state = _FINISHED.state_of(run, node)
+        failure = steadily(lambda: _failure(folder, state, job))
+        advice = remedy(failure, node.stage) if failure else ""
+    except (ArtifactError, json.JSONDecodeError) as error:
+        # One damaged node is no reason to hide the others.
+        state = NodeState(node.name, "stopped", 0, 0, 0.0, None)
+        failure, advice = ERROR, str(error)
+    return NodeRow(
+        name=node.name,
+        stage=node.stage,
+        round=node.round,
+        after=node.after,
+        state=state.state,
+        step=state.step,
+        total=state.total,
+        seconds=state.seconds,
+        eta=state.eta,
+        silent=state.silent,
+        peak_memory_mb=state.peak_memory_mb,
+        job={"id": job.id, "state": job.state, "reason": job.reason} if job else None,
+        failure=failure,
+        remedy=advice,
+    )
+
+
+def _failure(folder: Path, state: NodeState, job: Job | None) -> str:
+    """Return how a node ended that is over and not done, "" for any other."""
+    if state.state not in ("stopped", "waiting") or (job is not None and job.is_alive):
+        return ""
+    noted = failure_of(folder, job)
+    return noted or (last_word(folder) if state.state == "stopped" else "")
+
+
+def last_word(folder: Path) -> str:
+    """Return how a node ended according to its log, which is all that `rlhf run` leaves.
+
+    "" where the log ends without a word: the process was killed, or its machine stopped.
+    """
+    lines = tail(folder / LOG, lines=LOG_LINES)
+    records = [match for line in lines if (match := RECORD.match(line))]
+    if not records:
+        return ""
+    level, text = records[-1]["level"], records[-1]["text"]
+    if level == "ERROR":
+        return classify(2 if text.partition(":")[0] in BAD_INPUT_ERRORS else 1, lines)
+    return STOPPED if level == "WARNING" and "stopped on request" in text else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A finished node: its manifest's stamp, its state, and the sizes of its files."""
+
+    manifest: Stamp
+    state: NodeState
+    sizes: tuple[tuple[str, int], ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether every file is still there in its size, as `NodeDir.is_done` wants it."""
+        stamps = ((stamp(path), size) for path, size in self.sizes)
+        return all(found is not None and found[1] == size for found, size in stamps)
+
+
+class _Nodes:
+    """States of nodes; of a finished one only its files' sizes are looked at again."""
+
+    def __init__(self) -> None:
+        self._found: dict[Path, _Finished] = {}
+
+    def state_of(self, run: Run, node: Node) -> NodeState:
+        """Return where a node stands now."""
+        folder = run.folder / node.name
+        manifest = stamp(folder / MANIFEST)
+        known = self._found.get(folder)
+        if known is not None and known.manifest == manifest and known.is_whole:
+            return known.state
+        state = steadily(lambda: node_state(run.folder, node))
+        if manifest is not None and state.state == "done":
+            files = read_json(folder / MANIFEST)["files"]
+            sizes = tuple((str(folder / name), entry["size"]) for name, entry in files.items())
+            if len(self._found) >= MAX_FINISHED:
+                self._found.clear()
+            self._found[folder] = _Finished(manifest, state, sizes)
+        return state
+
+
+class _Jobs:
+    """What the schedulers said last; one question at a time, and not too many."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[Path, tuple[float, Mapping[str, Job]]] = {}
+
+    def of(self, run: Run) -> Mapping[str, Job]:
+        """Return the run's jobs by node; none without a scheduler, or while it is silent."""
+        if run.config.launcher.kind is LauncherKind.local:
+            return {}
+        with self._lock:
+            asked, jobs = self._found.get(run.folder, (-JOBS_SECONDS, {}))
+            if time.monotonic() - asked > JOBS_SECONDS:
+                jobs = known_jobs(run.config, Console(quiet=True))
+                self._found[run.folder] = (time.monotonic(), jobs)
+            return jobs
+
+
+_FINISHED = _Nodes()
+_JOBS = _Jobs()
+
+
+def as_dict(row: NodeRow) -> dict[str, Any]:
+    """Return a row's fields."""
+    return {name: getattr(row, name) for name in row.__slots__}
