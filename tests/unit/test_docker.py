@@ -19,6 +19,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from sqlalchemy import make_url
+
+from rlhf.cli import parse
+from rlhf.compose import load
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -217,7 +221,7 @@ def test_services_are_locked_down_and_keep_their_data(name: str, stages: dict[st
     assert service["tmpfs"][0].startswith("/tmp:")
     assert service["shm_size"] == "2gb"
     mounts = dict(text.split(":") for text in service["volumes"])
-    assert set(mounts) == set(whole["volumes"])
+    assert set(mounts) < set(whole["volumes"])
     stage = stages[service["build"]["target"]]
     [data] = [step.pairs()["DATA"] for step in stage.named("ARG") if "DATA" in step.pairs()]
     assert set(mounts.values()) == {f"{data}/runs", f"{data}/store", f"{data}/home"}
@@ -232,6 +236,97 @@ def test_only_the_gpu_profile_asks_for_a_device() -> None:
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert "profiles" not in services["rlhf"]
     assert "reservations" not in services["rlhf"]["deploy"]["resources"]
+
+
+SERVICES = ("service", "token", "database")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_the_service_needs_is_locked_down(name: str) -> None:
+    found = compose()["services"][name]
+    assert found["read_only"] is True
+    assert found["init"] is True
+    assert found["cap_drop"] == ["ALL"]
+    assert found["security_opt"] == ["no-new-privileges:true"]
+    assert "privileged" not in found
+    assert any(text.startswith("/tmp:") for text in found["tmpfs"])
+    assert set(found["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}
+    assert found["profiles"]
+
+
+def test_the_service_is_published_to_this_machine_only_and_its_database_to_nobody() -> None:
+    whole = compose()
+    services = whole["services"]
+    assert services["service"]["ports"] == ["127.0.0.1:8400:8400"]
+    assert [name for name in services if "ports" in services[name]] == ["service"]
+    assert services["database"]["networks"] == ["database"]
+    assert whole["networks"]["database"] == {"internal": True}
+    assert set(services["service"]["networks"]) == {"outside", "database"}
+
+
+def test_the_password_is_a_file_outside_the_repository() -> None:
+    whole = compose()
+    [(name, secret)] = whole["secrets"].items()
+    assert set(secret) == {"file"}
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert f"docker/{Path(secret['file']).parent}/" in ignored
+    place = f"/run/secrets/{name}"
+    for service in SERVICES:
+        found = whole["services"][service]
+        assert found["secrets"] == [name]
+        passwords = {k: v for k, v in found["environment"].items() if "PASSWORD" in k}
+        assert len(passwords) == 1
+        assert all(k.endswith("_FILE") and v == place for k, v in passwords.items())
+
+
+def test_the_service_waits_for_its_database_and_both_are_looked_after() -> None:
+    services = compose()["services"]
+    waits = {"database": {"condition": "service_healthy"}}
+    assert services["service"]["depends_on"] == services["token"]["depends_on"] == waits
+    for name in ("service", "database"):
+        assert services[name]["restart"] == "unless-stopped"
+        assert services[name]["healthcheck"]["test"][0] == "CMD"
+    [check] = [text for text in services["service"]["healthcheck"]["test"] if "urlopen" in text]
+    compile(check, "healthcheck", "exec")
+    assert services["database"]["user"] == "999:999"
+
+
+def test_images_of_the_service_have_its_extra_and_its_folder(stages: dict[str, Stage]) -> None:
+    services = compose()["services"]
+    image = re.fullmatch(r"postgres:(\d+)\.\d+-bookworm", services["database"]["image"])
+    # From 18 on the image keeps its data elsewhere.
+    assert int(image[1]) < 18
+    assert services["database"]["volumes"] == ["database:/var/lib/postgresql/data"]
+    for name in ("service", "token"):
+        build = services[name]["build"]
+        assert build["args"] == {"EXTRAS": "service"}
+        assert build["args"]["EXTRAS"] in PROJECT["optional-dependencies"]
+        places = {text.partition(":")[2] for text in services[name]["volumes"]}
+        [made] = [s.text for s in stages[build["target"]].named("RUN") if "mkdir" in s.text]
+        folders = {place.replace("/data", "${DATA}") for place in places}
+        assert folders == set(re.findall(r"\$\{DATA\}/\w+", made.partition("&&")[0]))
+
+
+def test_the_commands_of_the_service_are_ones_that_rlhf_takes() -> None:
+    services = compose()["services"]
+    serve = parse(services["service"]["command"])
+    assert serve.name == "serve"
+    config = load(serve.overrides, needs_run=False)
+    assert (config.service.host, config.service.port) == ("0.0.0.0", 8400)
+    assert config.service.needs_tokens
+    assert config.service.folder == "service"
+    program, *words = services["token"]["entrypoint"]
+    token = parse([*words, "olga", "role=operator"])
+    assert (program, token.name, token.positionals) == ("rlhf", "token", ("olga",))
+    assert token.extra["role"] == "operator"
+    assert load(token.overrides, needs_run=False).service.database == config.service.database
+    url = make_url(config.service.database)
+    assert (url.host, url.password) == ("database", None)
+    environment = services["database"]["environment"]
+    assert (url.username, url.database) == (
+        environment["POSTGRES_USER"],
+        environment["POSTGRES_DB"],
+    )
 
 
 # The steps themselves
@@ -286,7 +381,9 @@ def test_entry_point_works_outside_the_checkout(image: Build, stages: dict[str, 
     assert "round-02/evaluate" in call(image, *entry.values, "plan", "recipe=quickstart")
     assert "all needed parts are there" in call(image, *entry.values, "doctor")
     written = sorted(str(path.relative_to(image.workdir)) for path in image.workdir.rglob("*"))
-    assert [path for path in written if not path.startswith("home/")] == ["home", "runs", "store"]
+    assert [path for path in written if not path.startswith("home/")] == [
+        *("home", "runs", "service", "store")
+    ]
 
 
 @pytest.mark.slow
