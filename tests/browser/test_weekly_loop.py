@@ -171,7 +171,7 @@ def test_a_week_from_annotators_to_the_next_version(
     first = ann.locator("#verdict").get_attribute("data-key")
     ann.keyboard.press("2")
     ann.locator("#comment").fill("half a thought")
-    ann.locator("#kept").get_by_text("saved", exact=False).wait_for()
+    ann.locator("#kept").get_by_text("Draft kept on the server").wait_for()
     ann.reload()
     assert ann.locator("#verdict").get_attribute("data-key") == first
     assert ann.locator("#comment").input_value() == "half a thought"
