@@ -58,13 +58,17 @@ STOPPED_EXIT = 75
 DISK_FULL = "the disk is full: free some space and run the same command again; what is done stays"
 
 
+FULL_TEXTS = ("No space left on device", "database or disk is full")
+"""What the system says, and SQLite."""
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Tell whether an error, or one that it came from, is a full disk or an exceeded quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         # safetensors and torch report the system's text in exceptions of their own.
-        if "No space left on device" in str(error):
+        if any(text in str(error) for text in FULL_TEXTS):
             return True
         error = error.__cause__ or error.__context__
     return False

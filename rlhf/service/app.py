@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from rlhf.errors import RlhfError
+from rlhf.errors import RlhfError, is_disk_full
 from rlhf.provenance import versions
 from rlhf.service.access import check_origin
 from rlhf.service.api.idempotency import Idempotent
@@ -21,7 +21,7 @@ from rlhf.service.api.metering import Meter, Metered
 from rlhf.service.api.openapi import describe
 from rlhf.service.guards import Guard
 from rlhf.service.pages.errors import error_page, wants_page
-from rlhf.service.problems import Problem, problem_response, status_of
+from rlhf.service.problems import DISK_FULL, Problem, problem_response, status_of
 from rlhf.service.state import State
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     def unknown(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        if is_disk_full(error):
+            return answer(request, HTTPStatus.INSUFFICIENT_STORAGE, DISK_FULL)
         return answer(
             request,
             HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -12,6 +12,9 @@ from rlhf.errors import LauncherError, RlhfError, UserError
 MEDIA_TYPE = "application/problem+json"
 
 
+DISK_FULL = "the service's disk is full: ask its operator to free some space, then send it again"
+
+
 class Problem(RlhfError):
     """An answer that is an error: HTTP status, what is wrong, and what to do about it."""
 

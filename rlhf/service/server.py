@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from contextlib import closing, suppress
 from pathlib import Path
@@ -101,6 +102,8 @@ def address_of(listener: socket.socket) -> str:
 
 
 def _announce(state: State, listener: socket.socket) -> None:
+    # Whoever watches the terminal sees what the inbox brought.
+    logging.getLogger("rlhf.service").setLevel(logging.INFO)
     service = state.config.service
     out = Console(soft_wrap=True)
     say = "sign in with a token" if service.needs_tokens else "open it in a browser"

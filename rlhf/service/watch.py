@@ -144,6 +144,8 @@ class Watcher:
         row = self._change(
             row, state=report["outcome"], batch=report.get("id"), message=report["message"]
         )
+        level = logging.INFO if is_accepted else logging.WARNING
+        log.log(level, "inbox: %s %s: %s", item.name, report["outcome"], report["message"])
         boundary("recorded", item.name)
         moved = self.inbox.file_under(report["outcome"], item, report) if is_same else ""
         boundary("moved", item.name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.orm import sessionmaker
 
 from rlhf.service.app import create_app
@@ -59,6 +61,35 @@ def test_a_service_whose_folders_are_closed_is_not_ready(
     response = client.get("/readyz")
     assert response.status_code == 503
     assert response.json()["detail"].startswith("paths.runs cannot be written")
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_full_disk_is_said_and_the_service_is_not_ready(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TestClient(
+        create_app(state), base_url="http://127.0.0.1", raise_server_exceptions=False
+    ) as client:
+        assert client.get("/readyz").status_code == 200
+        state.engine.dispose()
+
+        @event.listens_for(state.engine, "connect")
+        def fill(connection: Any, _: Any) -> None:
+            connection.execute("PRAGMA max_page_count=1")
+
+        for number in range(200):
+            name = {"name": f"{number:090}"}
+            response = client.post("/login", data=name, follow_redirects=False)
+            client.cookies.clear()
+            if response.status_code != 303:
+                break
+        free = shutil.disk_usage(state.folder)._replace(free=10)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+        unready = client.get("/readyz")
+    assert response.status_code == 507
+    assert "free some space" in response.json()["detail"]
+    assert unready.status_code == 503
+    assert "paths.runs has less than 1 MiB left" in unready.json()["detail"]
 
 
 @pytest.mark.usefixtures("run")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import fsync_path
-from rlhf.errors import DISK_FULL, is_disk_full
+from rlhf.errors import is_disk_full
 from rlhf.faults import boundary
-from rlhf.service.problems import Problem
+from rlhf.service.problems import DISK_FULL, Problem
 
 log = logging.getLogger(__name__)
 

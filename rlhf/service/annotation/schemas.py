@@ -150,9 +150,7 @@ class AgreementView(BaseModel):
     safety_ac1: float | None = Field(description="Gwet's AC1 of the safety labels.")
 
 
-class WeekView(BaseModel):
-    """A week of pairs."""
-
+class _Week(BaseModel):
     name: str
     stream: str
     run: str
@@ -160,20 +158,18 @@ class WeekView(BaseModel):
     state: str
     created: datetime
     closed: datetime | None
+
+
+class WeekView(_Week):
+    """A week of pairs."""
+
     counts: Counts
     agreement: AgreementView
 
 
-class WeekRow(BaseModel):
+class WeekRow(_Week):
     """A week in a list."""
 
-    name: str
-    stream: str
-    run: str
-    node: str
-    state: str
-    created: datetime
-    closed: datetime | None
     pairs: int
     verdicts: int
     needed: int

@@ -31,7 +31,7 @@ from rlhf.service.api.models import ExtendedModel, IngestedModel
 from rlhf.service.api.openapi import KEY_HEADER, problems
 from rlhf.service.guards import UPLOAD_TYPE, note
 from rlhf.service.ingesting import drift_headline, ingest_into
-from rlhf.service.problems import Problem, status_of
+from rlhf.service.problems import DISK_FULL, Problem, status_of
 from rlhf.service.state import State
 
 router = APIRouter(prefix="/api/v1", tags=["batches"])
@@ -196,10 +196,7 @@ def _room() -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        raise Problem(
-            HTTPStatus.INSUFFICIENT_STORAGE,
-            "the service's disk is full: ask its operator to free some space, then send it again",
-        ) from error
+        raise Problem(HTTPStatus.INSUFFICIENT_STORAGE, DISK_FULL) from error
 
 
 def _take_in(state: State, path: Path, order: Upload) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from http import HTTPStatus
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
+from rlhf.runner import FULL_BYTES
 from rlhf.service.access import StateOf, Viewer
 from rlhf.service.api.models import StatusModel
 from rlhf.service.api.openapi import problems
@@ -30,7 +32,9 @@ def get_health() -> StatusModel:
 @router.get(
     "/readyz",
     summary="Ready",
-    responses=problems(s503="The database does not answer, or a folder cannot be written."),
+    responses=problems(
+        s503="The database does not answer, or a folder cannot be written or is full."
+    ),
 )
 def get_readiness(state: StateOf) -> StatusModel:
     """Answer if the database does and the folders can be written."""
@@ -66,11 +70,17 @@ def _closed_folders(state: State) -> list[str]:
         "paths.store": state.store,
         "service.folder": state.folder,
     }
-    return [
+    closed = [
         f"{key} cannot be written: give the service's user the right to"
         for key, folder in folders.items()
         if not os.access(_existing(folder), os.W_OK | os.X_OK)
     ]
+    full = [
+        f"{key} has less than 1 MiB left: free some space"
+        for key, folder in folders.items()
+        if shutil.disk_usage(_existing(folder)).free < FULL_BYTES
+    ]
+    return closed + full
 
 
 def _existing(path: Path) -> Path:
