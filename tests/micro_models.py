@@ -21,6 +21,7 @@ from rlhf.artifacts import JsonlLog, NodeDir, read_jsonl
 from rlhf.config import Checkpoint, Compute, Config, Optimizer
 from rlhf.data.chat import Encoded
 from rlhf.models.heads import init_head
+from rlhf.models.packing import let_pack
 from rlhf.toy.model import build_tokenizer
 from rlhf.training.reward import RankedPair, train_ranking
 from rlhf.training.sft import fine_tune
@@ -74,7 +75,9 @@ def policy(seed: int = 0, dtype: torch.dtype = torch.float32, *, hidden_size: in
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(sizes).to(dtype).eval()
+        model = LlamaForCausalLM(sizes).to(dtype).eval()
+    let_pack(model)
+    return model
 
 
 def scorer(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
@@ -87,6 +90,7 @@ def scorer_over(source: Any, *, seed: int) -> Any:
     model = LlamaForSequenceClassification(source.config)
     model.model.load_state_dict(source.model.state_dict())
     init_head(model, seed=seed)
+    let_pack(model)
     return model.eval()
 
 

@@ -60,15 +60,14 @@ def length_grouped_order(
 def batches_by_length(
     lengths: Sequence[int],
     *,
-    device: str,
+    max_padding: float,
     max_rows: int | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[list[int]]:
     """Yield row indices, shortest rows first, in batches of little padding.
 
     A batch has at most `max_rows` rows and `max_tokens` rows x longest row (a longer row gets a
-    batch of its own), and is closed when its padding would cost more than another pass on this type
-    of device.
+    batch of its own), and is closed before its padding exceeds `max_padding` tokens.
     """
     batch: list[int] = []
     padding = 0
@@ -78,7 +77,7 @@ def batches_by_length(
         padding += len(batch) * (length - lengths[batch[-1]]) if batch else 0
         is_full = max_rows is not None and len(batch) == max_rows
         is_full |= max_tokens is not None and (len(batch) + 1) * length > max_tokens
-        if batch and (is_full or padding > PASS_TOKENS[device]):
+        if batch and (is_full or padding > max_padding):
             yield batch
             batch, padding = [], 0
         batch.append(index)

@@ -12,7 +12,7 @@ from rlhf.data.chat import encode_pair_sides
 from rlhf.data.collate import batches_by_length, pad_right
 from rlhf.data.records import Message
 from rlhf.errors import DataError
-from rlhf.models.padding import padding_mask
+from rlhf.models.packing import pass_padding, scores_of
 
 
 class Scorer(Protocol):
@@ -59,19 +59,14 @@ class HfScorer:
         scores_N = torch.empty(len(rows), dtype=torch.float32)
         self._model.eval()
         for batch in batches_by_length(
-            lengths, max_tokens=self._tokens_per_batch, device=self._model.device.type
+            lengths, max_tokens=self._tokens_per_batch, max_padding=pass_padding(self._model)
         ):
             scores_N[batch] = self._forward([rows[index] for index in batch])
         return scores_N
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         device = self._model.device
-        output = self._model(
-            input_ids=pad_right(rows, self._tokenizer.pad_token_id).to(device),
-            attention_mask=padding_mask(
-                self._model, pad_right([[1] * len(row) for row in rows], 0).to(device)
-            ),
-            use_cache=False,
-        )
-        scores_B: Tensor = output.logits.squeeze(-1).float().cpu()
-        return scores_B
+        input_ids_BL = pad_right(rows, self._tokenizer.pad_token_id).to(device)
+        attention_mask_BL = pad_right([[1] * len(row) for row in rows], 0).to(device)
+        scores_B = scores_of(self._model, self._model.score, input_ids_BL, attention_mask_BL)
+        return scores_B.float().cpu()

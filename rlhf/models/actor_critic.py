@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf.algo.masked import at_least_float32, logprobs_and_entropies, token_logprobs
 from rlhf.data.collate import pad_right
-from rlhf.models.padding import padding_mask
+from rlhf.models.packing import arrange
 
 TOKENS_AT_ONCE = 4096
 """Response tokens per block of logits where no gradient is needed: 800 MB at 49,152 words."""
@@ -32,11 +32,6 @@ class ResponseBatch:
     response_mask_BT: Tensor
     states_BT: Tensor
     """Position of the hidden state that predicts each response token; 0 outside the mask."""
-
-    def hidden(self, hidden_BLH: Tensor) -> Tensor:
-        """Return the states of all response tokens, row by row, shape [N, H]."""
-        index_BT = self.states_BT.unsqueeze(-1).expand(-1, -1, hidden_BLH.shape[-1])
-        return hidden_BLH.gather(1, index_BT)[self.response_mask_BT]
 
     @property
     def tokens_N(self) -> Tensor:
@@ -67,12 +62,10 @@ def pack_responses(
 
 def trunk_states(trunk: Any, batch: ResponseBatch) -> Tensor:
     """Run a transformer without its head; returns the states of all response tokens, [N, H]."""
-    hidden_BLH: Tensor = trunk(
-        input_ids=batch.input_ids_BL,
-        attention_mask=padding_mask(trunk, batch.attention_mask_BL),
-        use_cache=False,
-    ).last_hidden_state
-    return batch.hidden(hidden_BLH)
+    rows = arrange(trunk, batch.input_ids_BL, batch.attention_mask_BL)
+    states: Tensor = trunk(**rows.inputs, use_cache=False).last_hidden_state
+    places_BT = rows.places_BL.gather(1, batch.states_BT)
+    return rows.pick(states, places_BT[batch.response_mask_BT])
 
 
 def response_logits(head: Any, states_NH: Tensor, *, pad_id: int) -> Tensor:

@@ -23,7 +23,6 @@ from rlhf.artifacts import atomic_folder, read_json
 from rlhf.config import Lora
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.heads import read_head
-from rlhf.models.padding import padding_mask
 
 POLICY = "default"
 """Name of the policy's adapter; peft writes the one with this name without a folder of its own."""
@@ -172,7 +171,12 @@ class AdapterScorer(nn.Module):
         # Not registered: the trunk belongs to the policy.
         self._trunk = [trunk]
         self._role = role
-        self.head = head
+        self.score = head
+
+    @property
+    def config(self) -> Any:
+        """Return the trunk's configuration."""
+        return self._trunk[0].model.config
 
     @property
     def device(self) -> torch.device:
@@ -180,22 +184,12 @@ class AdapterScorer(nn.Module):
         device: torch.device = self._trunk[0].model.device
         return device
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> _Scores:
-        """Score right-padded rows at their last token, shape [B, 1]."""
+    def forward(self, **inputs: Any) -> Tensor:
+        """Return the head's output at every token, [B, L, 1]."""
         with self._trunk[0].role(self._role) as model:
-            hidden_BLH = model.base_model(
-                input_ids=input_ids,
-                attention_mask=padding_mask(model, attention_mask),
-                use_cache=use_cache,
-            ).last_hidden_state
-        last_B = attention_mask.sum(1) - 1
-        rows_B = torch.arange(len(last_B), device=last_B.device)
-        return _Scores(self.head(hidden_BLH[rows_B, last_B]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    logits: Tensor
+            states_BLH = model.base_model(**inputs).last_hidden_state
+        scores_BL1: Tensor = self.score(states_BLH)
+        return scores_BL1
 
 
 def load_head(model: str, *, device: torch.device) -> nn.Linear:

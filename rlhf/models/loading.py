@@ -31,6 +31,7 @@ from rlhf.data.chat import ensure_chat
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models.fused import fuse
 from rlhf.models.heads import HEAD, init_head
+from rlhf.models.packing import let_pack
 from rlhf.toy.model import build_model, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def load_policy(path: str | Path, *, model: Model, seed: int) -> PreTrainedModel
         policy = build_model(seed)
         policy.set_attn_implementation(model.attention)
         fuse(policy)
+        let_pack(policy)
         return policy.eval()
     policy, info = AutoModelForCausalLM.from_pretrained(
         _folder(path), config=_config(path), **_load_options(model)
@@ -218,6 +220,7 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
                 layer.weight[old:] = 0.0
         log.info("%d token rows added for the tokenizer's new tokens", len(tokenizer) - old)
     fuse(model)
+    let_pack(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     if model.can_generate():

@@ -16,6 +16,11 @@ def padding_mask(model: Any, attention_mask_BT: Tensor) -> Tensor | None:
     No token looks ahead there, so padding on the right changes padding only; without a mask the
     faster causal kernels are taken. Sliding windows are causal, too.
     """
+    return None if is_causal(model) else attention_mask_BT
+
+
+def is_causal(model: Any) -> bool:
+    """Tell whether no token of a model looks ahead, and no mask is used for anything else."""
     config = getattr(model, "config", None)
-    causal = getattr(config, "model_type", None) in CAUSAL and getattr(config, "is_causal", True)
-    return None if causal else attention_mask_BT
+    is_known = getattr(config, "model_type", None) in CAUSAL
+    return is_known and bool(getattr(config, "is_causal", True))

@@ -18,6 +18,7 @@ from rlhf.inference.scoring import HfScorer
 from rlhf.models.actor_critic import Measure, ResponseBatch, trunk_states
 from rlhf.models.adapters import POLICY, REFERENCE, AdapterScorer, AdapterTrunk
 from rlhf.models.loading import autocast
+from rlhf.models.packing import pass_padding
 from rlhf.training.rollout import Measured
 
 CRITIC = "critic"
@@ -93,6 +94,11 @@ class AdapterRoles:
         """Return where the trunk lives."""
         device: torch.device = self._trunk.model.device
         return device
+
+    @property
+    def pass_padding(self) -> float:
+        """Return the padding tokens for which one more pass is worth its start."""
+        return pass_padding(self._trunk.model)
 
     @property
     def generator(self) -> PolicyOnTrunk:

@@ -195,7 +195,8 @@ class PpoEngine:
         if self._processes.size > 1:
             return [own[start : start + size] for start in range(0, len(own), size)]
         lengths = [rollouts[row].length for row in own]
-        batches = batches_by_length(lengths, max_rows=size, device=self._roles.device.type)
+        padding = self._roles.pass_padding
+        batches = batches_by_length(lengths, max_rows=size, max_padding=padding)
         return [[own[index] for index in batch] for batch in batches]
 
     def _pack(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> ResponseBatch:

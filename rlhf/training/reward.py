@@ -21,7 +21,7 @@ from rlhf.algo.losses import ranking_loss, safety_auxiliary_loss
 from rlhf.artifacts import NodeDir
 from rlhf.config import Config, Optimizer
 from rlhf.data.collate import length_grouped_order, pad_right
-from rlhf.models.padding import padding_mask
+from rlhf.models.packing import scores_of
 from rlhf.training.steps import Micro, Steps
 from rlhf.training.trainer import StepTrainer, arguments, train_in_place
 
@@ -76,11 +76,9 @@ class RankingTrainer(StepTrainer, RewardTrainer):
 
     def micro_loss(self, model: nn.Module, inputs: Micro, counts: Mapping[str, int]) -> Tensor:
         """Sum the ranking losses over the pair count; add the weighted auxiliary loss."""
-        scores_2B = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=padding_mask(self.model, inputs["attention_mask"]),
-            use_cache=False,
-        ).logits.squeeze(-1)
+        scores_2B = scores_of(
+            model, self.model.score, inputs["input_ids"], inputs["attention_mask"]
+        )
         chosen_B, rejected_B = scores_2B.chunk(2)
         num_pairs = counts["pairs"]
         loss = ranking_loss(chosen_B, rejected_B, inputs["margins"]).sum() / num_pairs

@@ -15,6 +15,7 @@ from rlhf.inference.generation import PolicyGenerator, Response
 from rlhf.inference.scoring import Scorer
 from rlhf.models.actor_critic import Measure, PolicyAndCritic, ResponseBatch, ValueModel
 from rlhf.models.loading import autocast
+from rlhf.models.packing import pass_padding
 from rlhf.training.rollout import Measured
 
 
@@ -53,6 +54,11 @@ class SeparateRoles:
         """Return where the models live."""
         device: torch.device = self._policy.device
         return device
+
+    @property
+    def pass_padding(self) -> float:
+        """Return the padding tokens for which one more pass is worth its start."""
+        return pass_padding(self._policy)
 
     @property
     def generator(self) -> FollowingPolicy:

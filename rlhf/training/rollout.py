@@ -48,6 +48,10 @@ class Roles(Protocol):
         """Return where the models live."""
 
     @property
+    def pass_padding(self) -> float:
+        """Return the padding tokens for which one more pass is worth its start."""
+
+    @property
     def generator(self) -> Generator:
         """Return the policy as a sampler; it follows the policy's weights."""
 

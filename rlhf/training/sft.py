@@ -17,7 +17,7 @@ from rlhf.config import Config, Optimizer
 from rlhf.data.chat import IGNORED, Encoded
 from rlhf.data.collate import length_grouped_order, pad_right
 from rlhf.models.heads import has_plain_head
-from rlhf.models.padding import padding_mask
+from rlhf.models.packing import arrange
 from rlhf.training.steps import Micro, Steps
 from rlhf.training.trainer import StepTrainer, arguments, train_in_place
 
@@ -50,17 +50,15 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
     def micro_loss(self, model: nn.Module, inputs: Micro, counts: Mapping[str, int]) -> Tensor:
         """Sum the negative log-probabilities of the labels, over the step's label count."""
         targets_BT = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        head = self.model.get_output_embeddings()
-        rows: dict[str, Any] = {
-            "input_ids_BT": inputs["input_ids"],
-            "attention_mask_BT": padding_mask(self.model, inputs["attention_mask"]),
-        }
+        mask_BT, head = inputs["attention_mask"], self.model.get_output_embeddings()
+        rows = arrange(self.model, inputs["input_ids"], mask_BT)
+        targets = rows.like_tokens(targets_BT, mask_BT.bool(), fill=IGNORED)
         if self._engine is None and has_plain_head(self.model):
-            logprob_sum = labelled_logprob_sum(model, head, **rows, targets_BT=targets_BT)
+            logprob_sum = labelled_logprob_sum(model, head, rows.inputs, targets=targets)
         else:
-            labelled_BT = targets_BT != IGNORED
-            logits_NV = labelled_logits(model, head, **rows, positions_BT=labelled_BT)
-            logprob_sum = token_logprobs(logits_NV, targets_BT[labelled_BT]).sum()
+            is_labelled = targets != IGNORED
+            logits_NV = labelled_logits(model, head, rows.inputs, positions=is_labelled)
+            logprob_sum = token_logprobs(logits_NV, targets[is_labelled]).sum()
         return -logprob_sum / max(counts["labels"], 1)
 
     @property
@@ -70,24 +68,19 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
 
 
 def labelled_logits(
-    model: Any,
-    head: nn.Module,
-    *,
-    input_ids_BT: Tensor,
-    attention_mask_BT: Tensor | None,
-    positions_BT: Tensor,
+    model: Any, head: nn.Module, inputs: Mapping[str, Any], *, positions: Tensor
 ) -> Tensor:
-    """Return the logits [N, V] of the N True positions only, row by row.
+    """Return the logits [N, V] of the N True positions only, of a mask shaped like the tokens.
 
     `head` is the output layer inside `model`; it sees nothing but those positions.
     """
 
-    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][positions_BT],)
+    def select(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (states[0][positions],)
 
     handle = head.register_forward_pre_hook(select)
     try:
-        output = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        output = model(**inputs, use_cache=False)
     finally:
         handle.remove()
     logits_NV: Tensor = output.logits
@@ -95,28 +88,24 @@ def labelled_logits(
 
 
 def labelled_logprob_sum(
-    model: Any,
-    head: Any,
-    *,
-    input_ids_BT: Tensor,
-    attention_mask_BT: Tensor | None,
-    targets_BT: Tensor,
+    model: Any, head: Any, inputs: Mapping[str, Any], *, targets: Tensor
 ) -> Tensor:
     """Return the sum of log-probabilities of all targets but IGNORED, a scalar.
 
+    `targets` are shaped like the tokens: what each of them is followed by.
     `head` is the output layer inside `model`; for this pass it gives the sum instead of logits,
     which so never exist all at once. The model must return what its head gives.
     """
-    labelled_BT = targets_BT != IGNORED
+    is_labelled = targets != IGNORED
 
-    def forward(states_BTH: Tensor) -> Tensor:
+    def forward(states: Tensor) -> Tensor:
         return sum_token_logprobs(
-            states_BTH[labelled_BT], head.weight, targets_BT[labelled_BT], bias_V=head.bias
+            states[is_labelled], head.weight, targets[is_labelled], bias_V=head.bias
         )
 
     head.forward = forward
     try:
-        output = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        output = model(**inputs, use_cache=False)
     finally:
         del head.forward
     logprob_sum: Tensor = output.logits

@@ -30,6 +30,7 @@ from rlhf.config import Config, Precision
 from rlhf.data.collate import batches_by_length
 from rlhf.errors import ArtifactError, StageError
 from rlhf.models.loading import add_adapter, merge_adapter
+from rlhf.models.packing import pass_padding
 from rlhf.models.shells import fill, take_over
 from rlhf.training.engines import Engine, open_engine
 from rlhf.training.layout import check_conditions, conditions, is_shared
@@ -124,7 +125,9 @@ class StepTrainer:
         size = self._steps.micro_batch_size
         if self._processes.size == 1:
             batches = batches_by_length(
-                [self.length(row) for row in rows], max_rows=size, device=self.args.device.type
+                [self.length(row) for row in rows],
+                max_rows=size,
+                max_padding=pass_padding(self.model),
             )
             micros = [self.collate([rows[index] for index in batch]) for batch in batches]
             return StepBatch(micros, 0, self.counts(micros))

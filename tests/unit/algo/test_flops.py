@@ -158,9 +158,8 @@ def test_torch_counts_as_many_flops_in_fine_tuning() -> None:
         logits = labelled_logits(
             model,
             model.get_output_embeddings(),
-            input_ids_BT=batch.input_ids_BL,
-            attention_mask_BT=batch.attention_mask_BL,
-            positions_BT=positions_BT,
+            {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL},
+            positions=positions_BT,
         )
         logits.sum().backward()
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rlhf.data.collate import (
-    PASS_TOKENS,
     batches_by_length,
     length_grouped_order,
     pad_left,
@@ -16,6 +15,9 @@ from rlhf.data.collate import (
 )
 
 ROWS = [[1, 2, 3], [4], []]
+
+
+PASS = 128
 
 
 def test_padding_by_hand() -> None:
@@ -66,23 +68,22 @@ def test_batch_size_must_be_positive() -> None:
 
 def test_batches_hold_every_row_once_within_the_bounds() -> None:
     lengths = [9, 3, 3, 5, 1, 9]
-    assert list(batches_by_length(lengths, max_tokens=10, device="cpu")) == [
+    assert list(batches_by_length(lengths, max_tokens=10, max_padding=PASS)) == [
         [4, 1, 2],
         [3],
         [0],
         [5],
     ]
-    assert list(batches_by_length(lengths, max_rows=4, device="cpu")) == [[4, 1, 2, 3], [0, 5]]
-    assert list(batches_by_length(lengths, device="cpu")) == [[4, 1, 2, 3, 0, 5]]
-    assert list(batches_by_length([20], max_tokens=10, device="cpu")) == [[0]]
-    assert list(batches_by_length([], max_tokens=10, device="cpu")) == []
+    assert list(batches_by_length(lengths, max_rows=4, max_padding=PASS)) == [[4, 1, 2, 3], [0, 5]]
+    assert list(batches_by_length(lengths, max_padding=PASS)) == [[4, 1, 2, 3, 0, 5]]
+    assert list(batches_by_length([20], max_tokens=10, max_padding=PASS)) == [[0]]
+    assert list(batches_by_length([], max_tokens=10, max_padding=PASS)) == []
 
 
-def test_a_batch_ends_where_its_padding_costs_more_than_a_pass() -> None:
-    # Rows of 10 beside one of 74: two are padded by 128 tokens, which is a pass; three by 192.
-    assert PASS_TOKENS["cpu"] == 128
-    assert list(batches_by_length([10, 10, 74], device="cpu")) == [[0, 1, 2]]
-    assert list(batches_by_length([10, 10, 10, 74, 74], device="cpu")) == [[0, 1, 2], [3, 4]]
+def test_a_batch_ends_before_it_has_too_much_padding() -> None:
+    # Rows of 10 beside one of 74: two are padded by 128 tokens, three by 192.
+    assert list(batches_by_length([10, 10, 74], max_padding=PASS)) == [[0, 1, 2]]
+    assert list(batches_by_length([10, 10, 10, 74, 74], max_padding=PASS)) == [[0, 1, 2], [3, 4]]
     # Padding adds up: 60 for the second row, then twice 40 more.
-    assert list(batches_by_length([10, 70, 104], device="cpu")) == [[0, 1, 2]]
-    assert list(batches_by_length([10, 70, 105], device="cpu")) == [[0, 1], [2]]
+    assert list(batches_by_length([10, 70, 104], max_padding=PASS)) == [[0, 1, 2]]
+    assert list(batches_by_length([10, 70, 105], max_padding=PASS)) == [[0, 1], [2]]

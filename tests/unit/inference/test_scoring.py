@@ -39,7 +39,8 @@ def test_the_score_is_read_at_eos() -> None:
     scorer = HfScorer(model, tokenizer, max_length=256)
     rows = [[5, 6, 7, micro.EOS], [8, micro.EOS]]
     scores = scorer.score_ids(rows)
-    by_hand = (hidden[0] @ model.score.weight.T).squeeze(-1)
+    # Both rows are one group, the shorter one first, padded to the longer one.
+    by_hand = (hidden[0] @ model.score.weight.T).view(2, 4)
     shortest_first = [1, 3]
     for row, last, index in zip((1, 0), shortest_first, (0, 1), strict=True):
         torch.testing.assert_close(scores[row], by_hand[index, last].detach())

@@ -13,8 +13,8 @@ import torch
 from rlhf import metrics
 from rlhf.artifacts import read_jsonl
 from rlhf.config import Precision
-from rlhf.data import collate
 from rlhf.errors import StageError
+from rlhf.models import packing
 from rlhf.training.roles import SeparateRoles
 
 
@@ -66,16 +66,17 @@ def test_micro_batches_do_not_change_the_result(
     assert micro.largest_difference(*found) < bound
 
 
-def test_micro_batches_without_padding_give_the_same_result(
+def test_packed_rows_and_micro_batches_without_padding_give_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One pass per length equals one pass per minibatch."""
+    """One packed pass per minibatch equals one rectangle, and one pass per length."""
     found, passes = [], []
-    for pass_tokens in (10**9, -1):
-        monkeypatch.setitem(collate.PASS_TOKENS, "cpu", pass_tokens)
+    for pass_tokens, packs in ((-1, True), (10**9, False), (-1, False)):
+        monkeypatch.setitem(packing.PASS_TOKENS, "cpu", pass_tokens)
+        monkeypatch.setattr(packing, "can_pack", lambda model, packs=packs: packs)
         config = ppo.config(micro_batch_size=8, num_ppo_epochs=2, iterations=1)
         roles = ppo.roles(config, dtype=torch.float64, finishes=True)
-        loop = ppo.loop(config, tmp_path / str(pass_tokens), given=roles, heldout=0)
+        loop = ppo.loop(config, tmp_path / str(len(found)), given=roles, heldout=0)
         pack = loop._engine._pack
         sizes: list[int] = []
 
@@ -87,8 +88,9 @@ def test_micro_batches_without_padding_give_the_same_result(
         loop.run()
         found.append(parameters(roles))
         passes.append(len(sizes))
-    assert passes[1] > passes[0] == 2 + 4
-    assert micro.largest_difference(*found) < 1e-10
+    assert passes[2] > passes[1] == passes[0] == 2 + 4
+    assert micro.largest_difference(found[0], found[1]) < 1e-10
+    assert micro.largest_difference(found[2], found[1]) < 1e-10
 
 
 def test_kl_is_measured_against_reference_and_start(tmp_path: Path) -> None:

@@ -215,8 +215,8 @@ def test_packed_states_are_those_before_each_token() -> None:
     assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
     assert batch.tokens_BT.tolist() == [[14, 1, 0], [16, 17, 1]]
     assert batch.states_BT.tolist() == [[2, 3, 0], [0, 1, 2]]
-    hidden = batch.input_ids_BL.double().unsqueeze(-1)
-    assert batch.hidden(hidden).squeeze(-1).tolist() == [13, 14, 15, 16, 17]
+    seen = batch.input_ids_BL.gather(1, batch.states_BT)[batch.response_mask_BT]
+    assert seen.tolist() == [13, 14, 15, 16, 17]
     assert batch.spread(batch.tokens_N).tolist() == batch.tokens_BT.tolist()
 
 

@@ -11,6 +11,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf.artifacts import read_jsonl
 from rlhf.config import Lora, Optimizer
 from rlhf.inference.scoring import HfScorer
+from rlhf.models import packing
 from rlhf.training.reward import RankedPair
 
 
@@ -98,6 +99,21 @@ def test_micro_batching_changes_nothing(tmp_path: Path, dtype: torch.dtype, boun
         assert micro.largest_difference(trained[0], trained[other]) < bound
         for one, two in zip(logged[0], logged[other], strict=True):
             assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_packed_pairs_train_what_a_rectangle_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, trained, logged = micro.pairs(22), [], []
+    for packs in (True, False):
+        monkeypatch.setattr(packing, "can_pack", lambda model, packs=packs: packs)
+        model = micro.scorer(dtype=torch.float64)
+        directory = micro.train_reward(model, rows, tmp_path / str(packs))
+        trained.append(micro.weights(model))
+        logged.append(micro.rows_without_time(directory.metrics))
+    assert micro.largest_difference(*trained) < 1e-10
+    for one, two in zip(*logged, strict=True):
+        assert one == pytest.approx(two, abs=1e-10)
 
 
 def scores_of(model: Any, rows: list[RankedPair]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ from rlhf.algo import head as head_module
 from rlhf.algo.head import sum_token_logprobs
 from rlhf.algo.masked import token_logprobs
 from rlhf.config import Lora, Optimizer, Precision
-from rlhf.data import collate
 from rlhf.data.chat import IGNORED, Encoded, encode_conversation
+from rlhf.models import packing
 from rlhf.training.sft import labelled_logits, labelled_logprob_sum
 
 
@@ -67,9 +67,8 @@ def test_head_sees_labelled_positions_only() -> None:
     few = labelled_logits(
         model,
         model.get_output_embeddings(),
-        input_ids_BT=ids,
-        attention_mask_BT=mask,
-        positions_BT=positions,
+        {"input_ids": ids, "attention_mask": mask},
+        positions=positions,
     )
     every = model(input_ids=ids, attention_mask=mask).logits
     assert few.shape == (3, every.shape[-1])
@@ -93,14 +92,14 @@ def test_blocks_give_the_loss_and_gradients_of_all_logits(
             torch.nn.init.constant_(twin.bias, 0.1)
             torch.nn.init.orthogonal_(twin.weight, generator=torch.Generator().manual_seed(0))
             model.set_output_embeddings(twin)
-        rows: dict[str, Any] = {"input_ids_BT": ids, "attention_mask_BT": None}
+        rows = {"input_ids": ids, "attention_mask": None}
         output = model.get_output_embeddings()
         if is_chunked:
-            loss = labelled_logprob_sum(model, output, **rows, targets_BT=targets)
+            loss = labelled_logprob_sum(model, output, rows, targets=targets)
             assert "forward" not in output.__dict__
         else:
             kept = targets != IGNORED
-            logits = labelled_logits(model, output, **rows, positions_BT=kept)
+            logits = labelled_logits(model, output, rows, positions=kept)
             loss = token_logprobs(logits, targets[kept]).sum()
         (loss / 5).backward()
         named = {name: p.grad for name, p in model.named_parameters()}
@@ -130,23 +129,27 @@ def test_gradient_of_the_block_wise_sum_in_float64(monkeypatch: pytest.MonkeyPat
 def test_rows_of_different_length_do_not_pad_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One pass per length trains what one padded pass trains, on fewer positions."""
+    """One packed pass, and one pass per length, train what one rectangle trains."""
     rows, trained, positions = micro.conversations(6), [], []
-    for pass_tokens in (10**9, -1):
-        monkeypatch.setitem(collate.PASS_TOKENS, "cpu", pass_tokens)
+    for pass_tokens, packs in ((10**9, False), (-1, False), (-1, True)):
+        monkeypatch.setitem(packing.PASS_TOKENS, "cpu", pass_tokens)
+        monkeypatch.setattr(packing, "can_pack", lambda model, packs=packs: packs)
+        monkeypatch.setattr(packing, "GROUP_TOKENS", 0)
         seen: list[int] = []
         model = micro.policy(dtype=torch.float64)
         model.register_forward_pre_hook(
             lambda _module, _args, kwargs, seen=seen: seen.append(kwargs["input_ids"].numel()),
             with_kwargs=True,
         )
-        micro.train_sft(model, rows, tmp_path / str(pass_tokens), micro_batch_size=8)
+        micro.train_sft(model, rows, tmp_path / str(len(trained)), micro_batch_size=8)
         trained.append(model.state_dict())
         positions.append(seen)
-    assert len(positions[0]) < len(positions[1])
-    assert sum(positions[1]) == sum(len(row.input_ids) for row in rows) < sum(positions[0])
+    assert len(positions[2]) == len(positions[0]) < len(positions[1])
+    tokens = sum(len(row.input_ids) for row in rows)
+    assert sum(positions[2]) == sum(positions[1]) == tokens < sum(positions[0])
     for name, value in trained[0].items():
-        torch.testing.assert_close(trained[1][name], value, rtol=0, atol=1e-10, msg=name)
+        for other in trained[1:]:
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
