@@ -1,7 +1,7 @@
 """Many at once on a real server that is killed in the middle: nothing acknowledged is lost.
 
 50 people read and 20 judge; the server dies by SIGKILL halfway and is started again on its port.
-The default suite takes some seconds of it, `pytest -m slow` the whole minute.
+The default suite has fewer people for some seconds, `pytest -m slow` the whole minute.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ from rlhf.service.database.models import Annotation, Assignment, Task, User
 from rlhf.service.state import State
 
 WEEK = "made-up-week"
-READERS, ANNOTATORS = 50, 20
-PAIRS = 4000
 READER_PAUSE, ANNOTATOR_PAUSE = 1.0, 0.3
 AWAY_PAUSE = 0.5
 """Between two tries to reach a server that is away."""
 ANSWER_SECONDS = 60
-ENOUGH = 2 * ANNOTATORS
-"""Verdicts that each half has to bring, however long it takes."""
+ENOUGH = 2
+"""Verdicts of an annotator that each half has to bring, however long it takes."""
 PATHS = (
     "/",
     "/runs/made-up",
@@ -49,6 +47,20 @@ PATHS = (
     f"/api/v1/weeks/{WEEK}",
     "/healthz",
 )
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Who comes for how long, to how many pairs."""
+
+    seconds: int
+    readers: int
+    annotators: int
+    pairs: int
+
+
+FEW = Crowd(seconds=3, readers=8, annotators=6, pairs=400)
+MANY = Crowd(seconds=60, readers=50, annotators=20, pairs=4000)
 
 
 @dataclass
@@ -188,7 +200,7 @@ class Annotator(Client):
         }
 
 
-def pairs() -> list[dict[str, Any]]:
+def pairs(number: int) -> list[dict[str, Any]]:
     return [
         {
             "id": f"pair-{i}",
@@ -201,18 +213,25 @@ def pairs() -> list[dict[str, Any]]:
             "temperature_a": 0.8,
             "temperature_b": 1.2,
         }
-        for i in range(PAIRS)
+        for i in range(number)
     ]
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "crowd", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
+)
 def test_nothing_acknowledged_is_lost_or_doubled_by_a_kill(
-    state: State, run: Path, seconds: int
+    state: State, run: Path, crowd: Crowd
 ) -> None:
     create_week(
-        state, name=WEEK, stream="weekly", run=run.name, node="round-03/collect", pairs=pairs()
+        state,
+        name=WEEK,
+        stream="weekly",
+        run=run.name,
+        node="round-03/collect",
+        pairs=pairs(crowd.pairs),
     )
-    names = [f"annotator-{i}" for i in range(ANNOTATORS)]
+    names = [f"annotator-{i}" for i in range(crowd.annotators)]
     tokens = {name: served.make_token(state, name, "annotator") for name in names}
     viewer = served.make_token(state, "viewer", "viewer")
     served.make_token(state, "olga", "operator")
@@ -221,27 +240,25 @@ def test_nothing_acknowledged_is_lost_or_doubled_by_a_kill(
     with served.serving(state.config, "service.tokens=true") as first:
         shared = (seen, end)
         annotators = [Annotator(name, first.port, tokens[name], *shared) for name in names]
-        readers = [Reader(i, first.port, viewer, *shared) for i in range(READERS)]
+        readers = [Reader(i, first.port, viewer, *shared) for i in range(crowd.readers)]
         guest = Client(first.port, viewer, Seen(), end)
         for path in PATHS:
             assert guest.ask(path, "GET", path)[0] == 200
         for client in (*annotators, *readers):
             client.start()
-        wait_for_verdicts(annotators, seconds / 2)
+        wait_for_verdicts(annotators, crowd.seconds / 2)
         first.kill()
         with served.serving(
             state.config, "service.tokens=true", f"service.port={first.port}"
         ) as second:
-            wait_for_verdicts(annotators, seconds / 2)
+            wait_for_verdicts(annotators, crowd.seconds / 2)
             end.set()
             for client in (*annotators, *readers):
                 client.join()
             assert second.stop() == 0
 
     given = {key: verdict for client in annotators for key, verdict in client.given.items()}
-    print(
-        f"\n{state.engine.dialect.name}, {seconds} s: {len(given)} verdicts, {seen.broken} breaks"
-    )
+    print(f"\n{state.engine.dialect.name}: {crowd}: {len(given)} verdicts, {seen.broken} breaks")
     print(seen.table())
     assert [client.error for client in (*annotators, *readers) if client.error] == []
     assert seen.wrong == []
@@ -258,7 +275,7 @@ def wait_for_verdicts(annotators: Sequence[Annotator], seconds: float) -> None:
         return sum(len(client.given) for client in annotators)
 
     before, end = count(), time.monotonic() + seconds
-    while time.monotonic() < end or count() < before + ENOUGH:
+    while time.monotonic() < end or count() < before + ENOUGH * len(annotators):
         assert all(client.is_alive() for client in annotators)
         time.sleep(0.05)
 
