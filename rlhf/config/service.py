@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from urllib.parse import parse_qsl
 
 from rlhf.config.base import execution, require
 
@@ -48,7 +49,8 @@ class Service:
     tokens: bool = execution(False)
     """Ask for tokens on this machine, too."""
     allowed_hosts: list[str] = execution([])
-    """Names under which browsers reach the service, besides `host` and this machine's own."""
+    """Names under which browsers reach the service, besides `host` and this machine's own; with
+    one of them everybody needs a token, since a proxy passes on whoever comes."""
     folder: str = execution("service")
     """Folder of the embedded database, the annotations' journals, uploads and the inbox."""
     database: str | None = execution(None)
@@ -67,7 +69,7 @@ class Service:
     max_upload_mb: int = execution(1024)
     """Largest upload in MiB."""
     session_hours: float = execution(12.0)
-    """Time after which a browser has to sign in again."""
+    """Time after which a browser has to sign in again, where tokens are needed."""
     annotation: Annotation = field(default_factory=Annotation)
 
     def __post_init__(self) -> None:
@@ -82,7 +84,7 @@ class Service:
             "give 0 or more",
         )
         require(
-            "@" not in (self.database or "") or ":" not in _user(self.database or ""),
+            not _has_password(self.database or ""),
             "service.database",
             "(hidden)",
             "a password in it would be written to files: put it into RLHF_DATABASE_PASSWORD",
@@ -96,7 +98,7 @@ class Service:
     @property
     def needs_tokens(self) -> bool:
         """Tell whether a request without a token is refused."""
-        return self.tokens or not self.is_local
+        return self.tokens or not self.is_local or bool(self.allowed_hosts)
 
 
 def is_loopback(host: str) -> bool:
@@ -107,6 +109,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _user(url: str) -> str:
-    """Return the part of a URL between the scheme and the last @."""
-    return url.partition("://")[2].rpartition("@")[0]
+def _has_password(url: str) -> bool:
+    """Tell whether a URL holds a password: between the scheme and the last @, or in its query."""
+    user = url.partition("://")[2].rpartition("@")[0]
+    keys = (key.lower() for key, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True))
+    return ":" in user or any(key.endswith("password") for key in keys)

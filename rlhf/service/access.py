@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, delete, or_, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from rlhf.errors import ConfigError
 from rlhf.service.database.models import ROLES, BrowserSession, Token, User, now
+from rlhf.service.heads import FORM_TYPE, is_upload, media_type
 from rlhf.service.problems import Problem
 from rlhf.service.state import State, state_of
 
@@ -32,6 +34,9 @@ CSRF_FIELD = "csrf"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 LOCAL = "local"
 """Name of whoever reaches a service without tokens and gives no other."""
+CALLER = "rlhf.caller"
+"""Key of a request's scope under which its caller is, once they are known."""
+MAX_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,6 @@ class Caller:
 
     name: str
     role: str
-    user_id: int | None = None
     csrf: str = ""
 
     def may(self, role: str) -> bool:
@@ -53,13 +57,25 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def find_user(session: Session, name: str, *, role: str = "operator") -> User:
+def clean_name(text: str) -> str:
+    """Return a name with single blanks; raises ConfigError for what nobody can be called."""
+    name = " ".join(text.split())
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise ConfigError(f"{name[:MAX_NAME]!r} is no name: give up to {MAX_NAME} letters")
+    return name
+
+
+def find_user(session: Session, name: str, *, role: str) -> User:
     """Return the user of a name, added with a role where there is none."""
-    user = session.scalar(select(User).where(User.name == name))
+    wanted = select(User).where(User.name == name)
+    user = session.scalar(wanted)
     if user is None:
-        user = User(name=name, role=role)
-        session.add(user)
-        session.flush()
+        try:
+            with session.begin_nested():
+                user = User(name=name, role=role)
+                session.add(user)
+        except IntegrityError:  # another request has just added them
+            user = session.scalars(wanted).one()
     return user
 
 
@@ -68,7 +84,7 @@ def new_token(session: Session, *, name: str, role: str, days: int | None) -> st
     if role not in ROLES:
         raise ConfigError(f"role={role} is unknown: choose one of {', '.join(ROLES)}")
     user = find_user(session, name, role=role)
-    user.role, user.disabled = role, None
+    user.role = role
     secret = f"rlhf_{secrets.token_urlsafe(32)}"
     expires = now() + timedelta(days=days) if days is not None else None
     session.add(Token(user_id=user.id, digest=digest(secret), expires=expires))
@@ -93,7 +109,8 @@ def revoke_tokens(session: Session, *, name: str) -> int:
 def open_session(
     session: Session, user: User, *, hours: float, token: Token | None = None
 ) -> tuple[str, BrowserSession]:
-    """Sign a browser in; returns the value of its cookie and the row."""
+    """Sign a browser in; returns the value of its cookie and the row. Sessions that are over go."""
+    session.execute(delete(BrowserSession).where(BrowserSession.expires <= now()))
     secret = secrets.token_urlsafe(32)
     row = BrowserSession(
         digest=digest(secret),
@@ -106,42 +123,52 @@ def open_session(
     return secret, row
 
 
+def token_counts() -> ColumnElement[bool]:
+    """Return the condition that a token counts: it is neither revoked nor too old."""
+    return Token.revoked.is_(None) & or_(Token.expires.is_(None), Token.expires > now())
+
+
 def valid_token(session: Session, secret: str) -> Token | None:
     """Return the row of a token that counts."""
-    found = session.scalar(select(Token).where(Token.digest == digest(secret)))
-    if found is None or found.revoked is not None or found.user.disabled is not None:
-        return None
-    return found if found.expires is None or found.expires > now() else None
+    return session.scalar(select(Token).where(Token.digest == digest(secret), token_counts()))
 
 
 def _session_of(session: Session, request: Request, *, needs_tokens: bool) -> Caller | None:
     secret = request.cookies.get(COOKIE)
     if not secret:
         return None
-    found = session.scalar(select(BrowserSession).where(BrowserSession.digest == digest(secret)))
-    if found is None or found.expires <= now() or found.user.disabled is not None:
-        return None
-    token = found.token
-    is_over = token is not None and (
-        token.revoked is not None or (token.expires is not None and token.expires <= now())
+    wanted = (
+        select(BrowserSession)
+        .outerjoin(BrowserSession.token)
+        .where(BrowserSession.digest == digest(secret), BrowserSession.expires > now())
+        .where(token_counts())
     )
-    # A session that was opened without a token ends where tokens become necessary.
-    if is_over or (needs_tokens and token is None):
+    if needs_tokens:
+        # A session that was opened without a token ends where tokens become necessary.
+        wanted = wanted.where(BrowserSession.token_id.is_not(None))
+    found = session.scalar(wanted)
+    if found is None:
         return None
     role = found.user.role if needs_tokens else "operator"
-    return Caller(found.user.name, role, found.user_id, found.csrf)
+    return Caller(found.user.name, role, found.csrf)
+
+
+def _bearer(request: Request) -> str | None:
+    """Return the token that a request shows, None for none."""
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else None
 
 
 def identify(request: Request) -> Caller | None:
     """Return who asks, or None."""
     state = state_of(request)
     needs_tokens = state.config.service.needs_tokens
-    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    secret = _bearer(request)
     with state.reading() as session:
-        if scheme.lower() == "bearer":
-            token = valid_token(session, secret.strip())
+        if secret is not None:
+            token = valid_token(session, secret)
             if token is not None:
-                return Caller(token.user.name, token.user.role, token.user_id)
+                return Caller(token.user.name, token.user.role)
             if needs_tokens:
                 return None
         found = _session_of(session, request, needs_tokens=needs_tokens)
@@ -152,14 +179,14 @@ def identify(request: Request) -> Caller | None:
 
 def caller(request: Request) -> Caller:
     """Return who asks; a Problem where nobody does (a FastAPI dependency)."""
-    found: Caller | None = request.scope.get("rlhf.caller") or identify(request)
+    found: Caller | None = request.scope.get(CALLER) or identify(request)
     if found is None:
         raise Problem(
             HTTPStatus.UNAUTHORIZED,
             "this service wants a token: send `Authorization: Bearer TOKEN`, or sign in at /login; "
             "`rlhf token NAME role=viewer` makes one",
         )
-    request.scope["rlhf.caller"] = found
+    request.scope[CALLER] = found
     return found
 
 
@@ -187,30 +214,26 @@ async def check_origin(request: Request) -> None:
         return
     origin = request.headers.get("Origin")
     site = request.headers.get("Sec-Fetch-Site", "same-origin")
-    is_foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("Host")
+    is_foreign = origin is not None and origin.partition("://")[2] != request.headers.get("Host")
     if is_foreign or site not in ("same-origin", "none"):
         raise Problem(HTTPStatus.FORBIDDEN, "another site's page asked for this: open our own")
-    if "Authorization" in request.headers or COOKIE not in request.cookies:
+    # Browsers add cookies, and names and passwords for a proxy, by themselves, but never a token.
+    if _bearer(request) is not None or COOKIE not in request.cookies:
         return
     given = request.headers.get(CSRF_HEADER)
-    kind = request.headers.get("Content-Type", "").partition(";")[0].strip()
-    if given is None and kind == "application/x-www-form-urlencoded":
+    is_file = is_upload(request.method, request.scope["path"])
+    if given is None and media_type(request.headers) == FORM_TYPE and not is_file:
         field = (await request.form()).get(CSRF_FIELD)
         given = field if isinstance(field, str) else None
-    found = await _caller_later(request)
-    if found is not None and found.csrf and not secrets.compare_digest(given or "", found.csrf):
+    found = await run_in_threadpool(identify, request)
+    request.scope[CALLER] = found
+    if found is None or not found.csrf:
+        return
+    if not secrets.compare_digest((given or "").encode(), found.csrf.encode()):
         raise Problem(
             HTTPStatus.FORBIDDEN,
             "the form is out of date: load the page again, what was typed is kept",
         )
-
-
-async def _caller_later(request: Request) -> Caller | None:
-    from starlette.concurrency import run_in_threadpool
-
-    found = await run_in_threadpool(identify, request)
-    request.scope["rlhf.caller"] = found
-    return found
 
 
 Viewer = Annotated[Caller, Depends(requires("viewer"))]

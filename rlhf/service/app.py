@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -21,7 +23,13 @@ from rlhf.service.api.metering import Meter, Metered
 from rlhf.service.api.openapi import describe
 from rlhf.service.guards import Guard
 from rlhf.service.pages.errors import error_page, wants_page
-from rlhf.service.problems import DISK_FULL, Problem, problem_response, status_of
+from rlhf.service.problems import (
+    DATABASE_SILENT,
+    DISK_FULL,
+    Problem,
+    problem_response,
+    status_of,
+)
 from rlhf.service.state import State
 
 log = logging.getLogger(__name__)
@@ -35,6 +43,8 @@ HINTS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: "the request could not be read, or broke off: send it again",
 }
 """What an error of the framework itself says."""
+DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeoutError)
+"""Errors of a database that does not answer, or not in time."""
 
 
 def create_app(
@@ -72,7 +82,7 @@ def create_app(
     _answer_errors(app)
     # The last one is the outermost.
     app.add_middleware(Idempotent, state=state)
-    app.add_middleware(Guard, state=state)
+    app.add_middleware(Guard, state=state, fail=_failure)
     meter = Meter(state)
     app.state.meter = meter
     app.add_middleware(Metered, meter=meter)
@@ -80,45 +90,55 @@ def create_app(
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Turn errors into problem documents, and into pages for people."""
+    """Turn errors into problem documents, and into pages for people; the guard turns the others."""
+    app.exception_handler(RlhfError)(_known)
+    app.exception_handler(HTTPException)(_http)
+    app.exception_handler(RequestValidationError)(_invalid)
 
-    def answer(request: Request, status: int, detail: str, **extra: Any) -> Response:
-        if wants_page(request):
-            return error_page(request, status, detail)
-        return problem_response(status, detail, **extra)
 
-    @app.exception_handler(RlhfError)
-    def known(request: Request, error: RlhfError) -> Response:
-        extra = error.extra if isinstance(error, Problem) else {}
-        return answer(request, status_of(error), str(error), **extra)
+def _answer(request: Request, status: int, detail: str, **extra: Any) -> Response:
+    if wants_page(request):
+        return error_page(request, status, detail)
+    return problem_response(status, detail, **extra)
 
-    @app.exception_handler(HTTPException)
-    def http(request: Request, error: HTTPException) -> Response:
-        headers = dict(error.headers) if error.headers else None
-        said = HINTS.get(error.status_code, str(error.detail))
-        return answer(request, error.status_code, said, headers=headers)
 
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> Response:
-        rows = [
-            {"field": ".".join(map(str, item["loc"])), "reason": item["msg"]}
-            for item in error.errors()
-        ]
-        said = "; ".join(f"{row['field']}: {row['reason']}" for row in rows)
-        return answer(
-            request,
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            f"{said}; /api/v1/openapi.json says what is accepted",
-            errors=rows,
-        )
+def _known(request: Request, error: RlhfError) -> Response:
+    extra = error.extra if isinstance(error, Problem) else {}
+    status = status_of(error)
+    headers = {"WWW-Authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
+    return _answer(request, status, str(error), headers=headers, **extra)
 
-    @app.exception_handler(Exception)
-    def unknown(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        if is_disk_full(error):
-            return answer(request, HTTPStatus.INSUFFICIENT_STORAGE, DISK_FULL)
-        return answer(
-            request,
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            "this is a bug in rlhf: the server's log has the details; please report it",
-        )
+
+def _http(request: Request, error: HTTPException) -> Response:
+    headers = dict(error.headers) if error.headers else None
+    said = HINTS.get(error.status_code, str(error.detail))
+    return _answer(request, error.status_code, said, headers=headers)
+
+
+def _invalid(request: Request, error: RequestValidationError) -> Response:
+    rows = [
+        {"field": ".".join(map(str, item["loc"])), "reason": item["msg"]} for item in error.errors()
+    ]
+    said = "; ".join(f"{row['field']}: {row['reason']}" for row in rows)
+    return _answer(
+        request,
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        f"{said}; /api/v1/openapi.json says what is accepted",
+        errors=rows,
+    )
+
+
+def _failure(request: Request, error: Exception) -> Response:
+    """Return the answer to an exception that no handler knows, or that came before them."""
+    if isinstance(error, HTTPException):
+        return _http(request, error)
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    if is_disk_full(error):
+        return _answer(request, HTTPStatus.INSUFFICIENT_STORAGE, DISK_FULL)
+    if isinstance(error, DATABASE_AWAY):
+        return _answer(request, HTTPStatus.SERVICE_UNAVAILABLE, DATABASE_SILENT)
+    return _answer(
+        request,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "this is a bug in rlhf: the server's log has the details; please report it",
+    )

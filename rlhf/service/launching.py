@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
@@ -66,9 +66,9 @@ def extend(state: State, stream: str) -> list[Extended]:
     """Write the longer plans that a stream's batches allow; a run that refuses is logged."""
     found = []
     for run in subscribers(state, stream):
-        config = _run_config(state, run)
         try:
-            with _alone(state, run, "plan"):
+            config = _run_config(state, run)
+            with alone(state, run, "plan"):
                 added = runner.extend(config)
         except RlhfError as error:
             log.warning("the plan of run %s stays as it is: %s", run, error)
@@ -123,10 +123,10 @@ def launch(
         open_run(state, run)
     else:
         _check_new(run, recipe)
-    with _alone(state, run, "launch"):
+    with alone(state, run, "launch"):
         if not is_busy(state, run):
-            row = _wanted(state, run) or _add(state, run, WANTED, user=user)
-            return _start(state, row, recipe, changed)
+            row = _ordered(state, run, user=user, recipe=recipe, settings=settings or {})
+            return _start(state, row)
         if changed:
             raise Problem(
                 HTTPStatus.CONFLICT,
@@ -138,7 +138,7 @@ def launch(
 
 def want(state: State, run: str, *, user: str = WATCHER) -> Launch:
     """Note that a run is to be launched as soon as it is free; once is enough."""
-    with _alone(state, run, "launch"):
+    with alone(state, run, "launch"):
         return _wanted(state, run) or _add(state, run, WANTED, user=user)
 
 
@@ -149,12 +149,12 @@ def launch_wanted(state: State) -> list[str]:
         names = list(waiting)
     launched = []
     for run in names:
-        with _alone(state, run, "launch"):
+        with alone(state, run, "launch"):
             row = _wanted(state, run)
             if row is None or is_busy(state, run):
                 continue
             try:
-                _start(state, row, None, [])
+                _start(state, row)
             except RlhfError as error:
                 log.warning("run %s was not launched: %s", run, error)
                 record(state, "launch", run, status=HTTPStatus.BAD_GATEWAY, reason=str(error))
@@ -247,30 +247,43 @@ def _wanted(state: State, run: str) -> Launch | None:
         return session.scalars(rows.limit(1)).first()
 
 
-def _add(state: State, run: str, status: str, *, user: str, output: str = "") -> Launch:
+def _ordered(
+    state: State, run: str, *, user: str, recipe: str | None, settings: Mapping[str, object]
+) -> Launch:
+    """Return the row of a launch that begins: after a kill it is repeated with what it says."""
+    order = {"recipe": recipe, "settings": dict(settings)}
+    found = _wanted(state, run)
+    if found is None:
+        return _add(state, run, WANTED, user=user, **order)
+    return _change(state, found, **order)
+
+
+def _add(state: State, run: str, status: str, *, user: str, **values: Any) -> Launch:
     is_known = (state.runs / run / RUN_FILE).exists()
     config = load_frozen(state.runs / run) if is_known else state.config
     kind = config.launcher.kind.name
-    row = Launch(run=run, user=user, state=status, launcher=kind, output=output)
+    row = Launch(run=run, user=user, state=status, launcher=kind, **values)
     with state.transaction() as session:
         session.add(row)
     return row
 
 
-def _start(state: State, row: Launch, recipe: str | None, changed: list[str]) -> Launch:
+def _start(state: State, row: Launch) -> Launch:
     """Call the command; a kill on the way leaves the row wanted, and it is called again."""
     try:
-        said = run_command(["launch", *_fixed(state, row.run, recipe), *changed])
+        changed = overrides_of(row.settings)
+        said = run_command(["launch", *_fixed(state, row.run, row.recipe), *changed])
     except RlhfError as error:
-        _finish(state, row, FAILED, str(error))
+        _change(state, row, state=FAILED, output=str(error))
         raise
-    return _finish(state, row, LAUNCHED, said)
+    return _change(state, row, state=LAUNCHED, output=said)
 
 
-def _finish(state: State, row: Launch, status: str, output: str) -> Launch:
+def _change(state: State, row: Launch, /, **values: Any) -> Launch:
     with state.transaction() as session:
         kept = session.get_one(Launch, row.id)
-        kept.state, kept.output = status, output
+        for name, value in values.items():
+            setattr(kept, name, value)
     return kept
 
 
@@ -345,7 +358,7 @@ def _run_config(state: State, run: str) -> Config:
 
 
 @contextmanager
-def _alone(state: State, run: str, what: str) -> Iterator[None]:
+def alone(state: State, run: str, what: str) -> Iterator[None]:
     """Let one at a time do something to a run, over all servers that share the folder of runs."""
     state.runs.mkdir(parents=True, exist_ok=True)
     with (state.runs / f".{run}.{what}.lock").open("w") as file:

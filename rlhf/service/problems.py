@@ -11,8 +11,8 @@ from rlhf.errors import LauncherError, RlhfError, UserError
 
 MEDIA_TYPE = "application/problem+json"
 
-
 DISK_FULL = "the service's disk is full: ask its operator to free some space, then send it again"
+DATABASE_SILENT = "the database does not answer: start it, or correct service.database"
 
 
 class Problem(RlhfError):

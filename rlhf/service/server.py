@@ -9,13 +9,14 @@ from pathlib import Path
 
 import uvicorn
 from rich.console import Console
-from sqlalchemy import or_, select
+from sqlalchemy import select
 
-from rlhf.config import Config
+from rlhf.config import Config, Service
 from rlhf.errors import ConfigError
+from rlhf.service.access import token_counts
 from rlhf.service.annotation.journal import restore
 from rlhf.service.app import create_app
-from rlhf.service.database.models import Token, User, now
+from rlhf.service.database.models import Token, User
 from rlhf.service.state import State, open_state
 from rlhf.service.watch import Watcher, watching
 
@@ -53,24 +54,24 @@ def check_access(state: State) -> None:
     if not state.config.service.needs_tokens:
         return
     operators = (
-        select(Token.id)
-        .join(User, Token.user_id == User.id)
-        .where(
-            User.role == "operator",
-            User.disabled.is_(None),
-            Token.revoked.is_(None),
-            or_(Token.expires.is_(None), Token.expires > now()),
-        )
+        select(Token.id).join(Token.user).where(User.role == "operator", token_counts()).limit(1)
     )
     with state.reading() as session:
-        if session.scalars(operators.limit(1)).first() is not None:
+        if session.scalars(operators).first() is not None:
             return
-    service = state.config.service
-    why = "service.tokens=true" if service.is_local else f"service.host={service.host}"
     raise ConfigError(
-        f"{why} needs a token from everybody, and no operator has one: make one with "
-        "`rlhf token NAME role=operator`, with the same service settings"
+        f"{_why_tokens(state.config.service)} needs a token from everybody, and no operator has "
+        "one: make one with `rlhf token NAME role=operator`, with the same service settings"
     )
+
+
+def _why_tokens(service: Service) -> str:
+    """Return the setting because of which tokens are needed."""
+    if not service.is_local:
+        return f"service.host={service.host}"
+    if service.tokens:
+        return "service.tokens=true"
+    return f"service.allowed_hosts=[{','.join(service.allowed_hosts)}]"
 
 
 def listen(config: Config) -> socket.socket:

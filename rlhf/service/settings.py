@@ -1,7 +1,8 @@
 """Which settings a launch through the service may change, and how they are written.
 
-Numbers, switches and choices; no paths, no addresses, no commands, and nothing of the machines,
-the service itself or where data goes.
+Numbers, switches and choices; no paths, no addresses, no commands. The service itself, the
+launcher, where data comes from and goes, and whether finished nodes are deleted are left to the
+command line.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any, get_args, get_type_hints
 from rlhf.config import Config
 from rlhf.errors import ConfigError
 
-CLOSED = ("ingest", "launcher", "paths", "service", "tracking")
-"""Groups that only the command line may change."""
+CLOSED = ("ingest", "launcher", "on_change", "paths", "service", "tracking")
+"""Groups and settings that only the command line may change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from dataclasses import replace
 from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_a_summary_counts_nodes_and_names_what_needs_a_look(state: State, run: P
     assert summary.version == "v2"
     assert summary.started is not None
     assert summary.finished_at is not None
+    assert summary.state == "done"
 
     folder = unfinish(run)
     shutil.rmtree(run / "round-03/judge-safety")
@@ -94,6 +96,11 @@ def test_a_summary_counts_nodes_and_names_what_needs_a_look(state: State, run: P
     assert summary.running == ["round-03/rejection"]
     assert summary.failed == [LAST]
     assert summary.finished_at is None
+    assert summary.state == "failed"
+    assert replace(summary, failed=[]).state == "running"
+    left = replace(summary, failed=[], running=[])
+    assert left.state == "stopped"
+    assert replace(left, counts={**left.counts, "stopped": 0}).state == "waiting"
 
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(state: State, run: Path) -> None:
@@ -106,6 +113,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(state: State, run: P
     assert found.keys() == {"broken", "made-up"}
     assert "does not hold settings" in found["broken"].problem
     assert found["made-up"].problem == ""
+    assert (found["broken"].state, found["made-up"].state) == ("failed", "done")
 
 
 def test_what_happens_to_a_finished_node_is_seen_at_once(state: State, run: Path) -> None:

@@ -45,6 +45,8 @@ def test_a_service_without_its_database_is_alive_and_not_ready(
     with TestClient(create_app(broken), base_url="http://127.0.0.1") as client:
         assert client.get("/healthz").status_code == 200
         response = client.get("/readyz")
+        for answer in (client.get("/api/v1/audit"), client.post("/login", data={"name": "ann"})):
+            assert (answer.status_code, answer.json()) == (503, response.json())
     assert response.status_code == 503
     assert response.headers["content-type"] == MEDIA_TYPE
     assert "database" in response.json()["detail"]
@@ -67,9 +69,7 @@ def test_a_service_whose_folders_are_closed_is_not_ready(
 def test_a_full_disk_is_said_and_the_service_is_not_ready(
     state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with TestClient(
-        create_app(state), base_url="http://127.0.0.1", raise_server_exceptions=False
-    ) as client:
+    with TestClient(create_app(state), base_url="http://127.0.0.1") as client:
         assert client.get("/readyz").status_code == 200
         state.engine.dispose()
 

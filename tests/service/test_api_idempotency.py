@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from http import HTTPStatus
 from typing import Any
 
 import anyio
@@ -15,10 +17,12 @@ from sqlalchemy import select
 
 from rlhf.config import Config
 from rlhf.errors import LauncherError
+from rlhf.lease import MISSED_SECONDS, this_process
 from rlhf.service import launching
 from rlhf.service.access import new_token
+from rlhf.service.api import idempotency
 from rlhf.service.api.idempotency import (
-    ABANDONED,
+    HOLDER,
     KEPT,
     KEY_HEADER,
     REPLAYED,
@@ -119,15 +123,21 @@ def test_a_refusal_is_an_answer_too(client: TestClient, work: Work) -> None:
     assert (REPLAYED in first.headers, again.headers[REPLAYED]) == (False, "true")
 
 
-def test_an_error_of_the_service_frees_the_key(client: TestClient, work: Work) -> None:
-    def fail() -> None:
-        raise LauncherError("squeue does not answer")
+def test_an_error_that_time_mends_frees_the_key(client: TestClient, work: Work) -> None:
+    for error, status in (
+        (LauncherError("squeue does not answer"), 502),
+        (Problem(HTTPStatus.CONFLICT, "the run is busy"), 409),
+        (Problem(HTTPStatus.NOT_FOUND, "there is no such run yet"), 404),
+    ):
 
-    work.before = fail
-    assert start(client, "k").status_code == 502
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        work.before = fail
+        assert start(client, "k").status_code == status
     work.before = lambda: None
     assert start(client, "k").status_code == 202
-    assert len(work.runs) == 2
+    assert len(work.runs) == 4
 
 
 def test_a_bug_frees_the_key(state: State, work: Work) -> None:
@@ -222,10 +232,27 @@ def test_a_claim_of_a_server_that_is_gone_ends(state: State) -> None:
     assert isinstance(claimed, Claim)
     with pytest.raises(Problem, match="under way"):
         claim(state, "ann", "k", "digest")
-    with state.transaction() as session:
-        session.get_one(Idempotency, claimed.id).created = now() - ABANDONED * 1.01
+    own = this_process("")
+    elsewhere = replace(own, host="elsewhere")
+
+    def hold(holder: Any) -> None:
+        with state.transaction() as session:
+            session.get_one(Idempotency, claimed.id).body = {HOLDER: asdict(holder)}
+
+    # Where it cannot be seen, its heartbeat counts.
+    for alive in (own, elsewhere, replace(own, heartbeat=0.0)):
+        hold(alive)
+        with pytest.raises(Problem, match="under way"):
+            claim(state, "ann", "k", "digest")
+    hold(replace(elsewhere, heartbeat=time.time() - MISSED_SECONDS - 1))
     taken = claim(state, "ann", "k", "digest")
     assert isinstance(taken, Claim)
+    claimed, first = taken, claimed
+    hold(replace(own, start=own.start - 1))
+    taken = claim(state, "ann", "k", "digest")
+    assert isinstance(taken, Claim)
+    for answer in (None, Answer(200, {})):
+        settle(state, first, answer)
     # The first server comes back: its answer must not take the place of the second one's.
     for answer in (None, Answer(200, {})):
         settle(state, claimed, answer)
@@ -233,6 +260,33 @@ def test_a_claim_of_a_server_that_is_gone_ends(state: State) -> None:
             claim(state, "ann", "k", "digest")
     settle(state, taken, Answer(200, {"a": 1}))
     assert claim(state, "ann", "k", "digest") == Answer(200, {"a": 1})
+
+
+def test_a_claim_that_is_worked_on_is_renewed(
+    client: TestClient, state: State, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idempotency, "HEARTBEAT_SECONDS", 0.01)
+    beats: set[float] = set()
+
+    def wait() -> None:
+        end = time.monotonic() + 30
+        while len(beats) < 3 and time.monotonic() < end:
+            with state.reading() as session:
+                beats.add(session.scalars(select(Idempotency)).one().body[HOLDER]["heartbeat"])
+
+    work.before = wait
+    assert start(client, "k").status_code == 202
+    assert len(beats) == 3
+    assert start(client, "k").headers[REPLAYED] == "true"
+
+
+@pytest.mark.usefixtures("run")
+def test_no_kind_of_body_leads_around_a_key(client: TestClient, work: Work) -> None:
+    headers = {KEY_HEADER: "k", "Content-Type": "application/octet-stream"}
+    answers = [client.post("/api/v1/runs/made-up/launch", headers=headers) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [202, 202]
+    assert answers[1].headers[REPLAYED] == "true"
+    assert work.runs == ["made-up"]
 
 
 def test_answers_are_kept_for_a_while(client: TestClient, state: State, work: Work) -> None:

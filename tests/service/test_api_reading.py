@@ -161,9 +161,7 @@ def test_other_methods_are_refused_as_problems(client: TestClient) -> None:
 @pytest.mark.parametrize(
     "path", ["/api/v1/runs/%00", "/%00", "/api/v1/\ud7ff", "/api/v1/" + "x" * 9000]
 )
-def test_odd_addresses_are_answered_and_audited(
-    client: TestClient, state: State, path: str
-) -> None:
+def test_odd_addresses_are_answered(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
     assert client.post(path).status_code in (404, 405)
 
@@ -172,6 +170,7 @@ def test_a_zero_byte_in_an_address_can_be_audited(client: TestClient, state: Sta
     assert client.post("/api/v1/runs/%00/launch", json={}).status_code == 404
     with state.reading() as session:
         assert session.query(Audit).one().target == "/api/v1/runs/\\0/launch"
+    assert client.get("/audit?user=%00").status_code == 200
 
 
 @pytest.fixture
@@ -205,9 +204,14 @@ def test_reading_needs_a_token_where_tokens_are_needed(
     strict.engine.dispose()
 
 
-@pytest.mark.parametrize("place", [0, 7, paging.MAX_NUMBER - 1, "", "made-up", "\u00e4 \u20ac"])
+@pytest.mark.parametrize(
+    "place",
+    [0, 7, paging.MAX_NUMBER - 1, "", "made-up", "\u00e4 \u20ac", "\u4e2d" * 85, "\udcff" * 80],
+)
 def test_a_cursor_leads_back_to_its_place(place: int | str) -> None:
-    assert paging.decode(paging.encode(place), type(place)()) == place
+    cursor = paging.encode(place)
+    assert len(cursor) <= 600
+    assert paging.decode(cursor, type(place)()) == place
 
 
 def test_pages_of_names_are_whole_while_names_come_and_go() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from fastapi.testclient import TestClient
 
 from rlhf.errors import ConfigError, LauncherError
 from rlhf.service import launching
+from rlhf.service.api import runs
 from rlhf.service.database.models import Audit, Launch, now
+from rlhf.service.pages import reports
 from rlhf.service.problems import MEDIA_TYPE
 from rlhf.service.state import State
 
@@ -138,6 +142,12 @@ def test_a_run_goes_on_and_ends(client: TestClient, state: State, launches: Call
         {"run": "made-up", "user": "local", "node": "round-01/evaluate"},
         {"run": "made-up", "user": "local", "node": ""},
     ]
+    infinite = client.post(
+        "/api/v1/runs/made-up/launch",
+        content=b'{"settings": {"ppo.kl_coef": NaN}}',
+        headers={"Content-Type": "application/json"},
+    )
+    assert "finite number" in refused(infinite, 422)
     assert "there is made-up" in refused(client.post("/api/v1/runs/other/launch"), 404)
     assert "there is made-up" in refused(client.post("/api/v1/runs/other/cancel"), 404)
     response = client.post("/api/v1/runs/made-up/cancel", json={"node": "../sft"})
@@ -182,3 +192,30 @@ def test_an_operator_overrules_a_promotion_with_a_reason(
         client.post(address, json={"version": "v9", "reason": "why"}), 422
     )
     refused(client.post("/api/v1/runs/other/promote", json=order), 404)
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.usefixtures("run")
+def test_two_promotions_at_once_come_one_after_the_other(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def overrule(*_: Any, **given: Any) -> int:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return 3
+
+    monkeypatch.setattr(runs, "overrule", overrule)
+    monkeypatch.setattr(reports, "overrule", overrule)
+    order = {"version": "v3", "reason": "why"}
+    with ThreadPoolExecutor(4) as pool:
+        sent = [
+            *(pool.submit(client.post, "/api/v1/runs/made-up/promote", json=order) for _ in "ab"),
+            *(pool.submit(client.post, "/runs/made-up/promote", data=order) for _ in "ab"),
+        ]
+        assert [item.result().status_code for item in sent] == [200] * 4
+    assert most == [1] * 4

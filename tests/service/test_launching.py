@@ -44,7 +44,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.arguments: list[list[str]] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def __call__(self, arguments: list[str]) -> str:
         self.arguments.append(arguments)
@@ -148,6 +148,15 @@ def test_a_run_that_refuses_is_logged_and_the_others_grow(
     assert launching.extend(state, STREAM) == [("another", (1,))]
     [refused] = [row for row in audited(state, "extend") if "reason" in row]
     assert "another-recipe" in refused["reason"]
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_run_that_goes_away_meanwhile_stops_no_other(
+    state: State, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "subscribers", lambda *_: ["gone", RUN])
+    add_batch(state, tmp_path, "week-01")
+    assert launching.extend(state, STREAM) == [(RUN, (1,))]
 
 
 def test_two_at_once_extend_once(state: State, people: Path, tmp_path: Path) -> None:
@@ -260,6 +269,25 @@ def test_a_wanted_launch_that_fails_is_told_and_not_repeated(
     assert launching.launch_wanted(state) == []
     assert launches(state) == [(RUN, "failed")]
     assert audited(state, "launch") == [{"reason": "data.heldout_share=0.3 differs"}]
+
+
+@pytest.mark.parametrize("recipe", [None, "quickstart"])
+def test_a_launch_that_a_kill_cuts_off_is_repeated_as_it_was_ordered(
+    state: State, people: Path, calls: Calls, recipe: str | None
+) -> None:
+    run = RUN if recipe is None else "new"
+    calls.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        launching.launch(state, run, user="ann", recipe=recipe, settings={"seed": 7})
+    assert launches(state) == [(run, "wanted")]
+    calls.error = None
+    assert launching.launch_wanted(state) == [run]
+    assert "seed=7" in calls.arguments[0]
+    assert calls.arguments[1] == calls.arguments[0]
+    # The next order is another one.
+    launching.want(state, RUN)
+    launching.launch(state, RUN, user="ann")
+    assert "seed=7" not in calls.arguments[2]
 
 
 def test_schedulers_take_only_what_is_missing_so_their_runs_are_never_busy(
@@ -396,8 +424,16 @@ def test_two_real_launches_at_once_start_one_process_and_cancel_ends_it(
 def test_settings_that_may_be_changed_are_numbers_switches_and_choices() -> None:
     known = open_settings()
     assert {"seed", "ppo.kl_coef", "rounds.limit", "sft.skip", "reward.margin"} <= set(known)
-    closed = ("paths.runs", "model.path", "generator.url", "launcher.kind", "service.port")
-    for key in (*closed, "recipe", "run", "ingest.on_bad_row", "tracking.mode", "data.stream"):
+    closed = ("paths.runs", "model.path", "generator.url", "launcher.kind", "on_change")
+    for key in (
+        *closed,
+        "service.port",
+        "recipe",
+        "run",
+        "ingest.on_bad_row",
+        "tracking.mode",
+        "data.stream",
+    ):
         assert key not in known
 
 

@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session
 
 from rlhf.config import Service
 from rlhf.errors import ConfigError
-from rlhf.service.database.connect import PASSWORD, PASSWORD_FILE, open_engine
+from rlhf.service.database import connect
+from rlhf.service.database.connect import FILE, PASSWORD, PASSWORD_FILE, open_engine
 from rlhf.service.database.migrate import migrate
 from rlhf.service.database.models import Base, User
 
@@ -130,6 +131,32 @@ def test_database_that_is_away_is_named_without_a_password(tmp_path: Path) -> No
         migrate(engine)
 
 
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"x" * 5000)
+    with pytest.raises(ConfigError, match=r"service\.database=sqlite.* cannot be used"):
+        migrate(open_engine(Service(folder=str(tmp_path)), tmp_path))
+
+
+def test_a_folder_of_any_name_holds_the_database(tmp_path: Path) -> None:
+    folder = tmp_path / "a?b=c#d%20"
+    folder.mkdir()
+    engine = open_engine(Service(folder=str(folder)), folder)
+    migrate(engine)
+    engine.dispose()
+    assert (folder / FILE).is_file()
+
+
+def test_a_silent_server_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        connect, "create_engine", lambda url, **more: given.append(more["connect_args"])
+    )
+    for query in ("", "?connect_timeout=60"):
+        url = f"postgresql://rlhf@host/name{query}"
+        open_engine(Service(folder=str(tmp_path), database=url), tmp_path)
+    assert given == [{"connect_timeout": 10}, {}]
+
+
 def test_password_comes_from_the_environment(
     postgresql: postgres.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +181,14 @@ def test_password_comes_from_the_environment(
 
 
 @pytest.mark.parametrize(
-    "url", ["mysql://a@b/c", "postgresql://rlhf:secret@host/name", "no url at all"]
+    "url",
+    [
+        "mysql://a@b/c",
+        "postgresql://rlhf:secret@host/name",
+        "postgresql://rlhf@host/name?password=secret",
+        "postgresql:///name?host=h&sslpassword=secret",
+        "no url at all",
+    ],
 )
 def test_other_urls_are_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"service\.database") as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -136,6 +137,12 @@ def test_only_an_operators_token_that_counts_opens_the_service(state: State) -> 
         with pytest.raises(ConfigError, match="no operator has one"):
             server.check_access(strict)
     server.check_access(state)
+    for name, why in (("tokens", True), ("allowed_hosts", ["a.example", "b.example"])):
+        service = replace(state.config.service, **{name: why})
+        needs = replace(state, config=replace(state.config, service=service))
+        said = str(why).lower().replace("'", "").replace(" ", "")
+        with pytest.raises(ConfigError, match=re.escape(f"service.{name}={said} needs a token")):
+            server.check_access(needs)
 
 
 @ONE_DATABASE

@@ -6,6 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from rlhf.artifacts import (
     write_json,
     write_jsonl,
     write_manifest,
+    write_parts,
 )
 from rlhf.errors import ArtifactError
 
@@ -61,6 +65,20 @@ def test_a_killed_checkpoint_is_whole_or_absent(
     assert (saved.step, saved.state) == (step, {"s": step})
     assert read_json(saved.path / "w.json") == step
     assert read_jsonl(directory.metrics.path) == [{"s": s} for s in range(1, step + 1)]
+
+
+def test_threads_that_write_a_file_at_once_write_one_after_the_other(tmp_path: Path) -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def parts(text: bytes) -> Iterator[bytes]:
+        yield text
+        together.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(write_parts, tmp_path / "a", parts(t)) for t in (b"x", b"yy")]:
+            done.result()
+    assert (tmp_path / "a").read_bytes() in (b"x", b"yy")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_resume_passes_over_incomplete_checkpoints_and_cuts_the_logs(tmp_path: Path) -> None:

@@ -27,7 +27,16 @@ from rlhf.service.annotation.schemas import (
     WeekView,
 )
 from rlhf.service.api.openapi import problems
-from rlhf.service.api.paging import MAX_NUMBER, Cursor, Limit, Page, cut_names, decode, encode
+from rlhf.service.api.paging import (
+    DEFAULT,
+    MAX_NUMBER,
+    Cursor,
+    Limit,
+    Page,
+    cut_names,
+    decode,
+    encode,
+)
 from rlhf.service.guards import note
 from rlhf.service.state import State
 
@@ -53,7 +62,7 @@ WeekFilter = Annotated[
 
 @router.get("/weeks", summary="Weeks")
 def list_weeks(
-    state: StateOf, caller: Viewer, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Viewer, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[WeekRow]:
     """List weeks, newest first."""
     before = decode(cursor, MAX_NUMBER - 1)
@@ -83,7 +92,7 @@ def get_week(state: StateOf, caller: Viewer, week: str) -> WeekView:
 
 @router.get("/weeks/{week}/annotators", summary="Annotators of a week", responses=NO_WEEK)
 def list_annotators(
-    state: StateOf, caller: Operator, week: str, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Operator, week: str, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[AnnotatorRow]:
     """Tell what each annotator has done and how they qualified."""
     with state.reading() as session:

@@ -26,10 +26,11 @@ from rlhf.data.records import AXES, Kind
 from rlhf.errors import RlhfError, is_disk_full
 from rlhf.service import launching
 from rlhf.service.access import Operator, StateOf
-from rlhf.service.api.idempotency import Answer, answer_once, digest_of
+from rlhf.service.api.idempotency import REPLAYED, Answer, answer_once, check_key, digest_of
 from rlhf.service.api.models import ExtendedModel, IngestedModel
 from rlhf.service.api.openapi import KEY_HEADER, problems
-from rlhf.service.guards import UPLOAD_TYPE, note
+from rlhf.service.guards import note
+from rlhf.service.heads import UPLOAD_TYPE, media_type
 from rlhf.service.ingesting import drift_headline, ingest_into
 from rlhf.service.problems import DISK_FULL, Problem, status_of
 from rlhf.service.state import State
@@ -69,7 +70,7 @@ class Upload:
     responses={
         200: {"model": IngestedModel, "description": "All rows were in the stream already."},
         **problems(
-            s400="The upload broke off, or is larger than service.max_upload_mb.",
+            s400="The upload broke off.",
             s409="The first request with this key is under way.",
             s413="The upload is larger than service.max_upload_mb.",
             s415=f"The body is not {UPLOAD_TYPE}.",
@@ -113,22 +114,26 @@ async def upload_batch(
     A refused file leaves nothing behind. Plans of runs that read the stream become longer.
     """
     order = Upload(stream, name, kind, id, on_bad_row, axis)
-    _check(order, request.headers.get("content-type", ""))
+    _check(order, media_type(request.headers))
+    if key is not None:
+        check_key(key)
     note(request.scope, file=name, kind=kind, id=id)
     folder = await run_in_threadpool(_new_folder, state)
     try:
         path = folder / name
-        limit = state.config.service.max_upload_mb * 2**20
-        digest = digest_of(request.scope, await _receive(request, path, limit=limit))
-        return await run_in_threadpool(
+        digest = digest_of(request.scope, await _receive(request, path))
+        response = await run_in_threadpool(
             answer_once, state, caller.name, key, digest, lambda: _take_in(state, path, order)
         )
     finally:
         await run_in_threadpool(shutil.rmtree, folder, ignore_errors=True)
+    if REPLAYED in response.headers:
+        note(request.scope, replayed=True)
+    return response
 
 
-def _check(order: Upload, content_type: str) -> None:
-    if content_type.partition(";")[0].strip().lower() != UPLOAD_TYPE:
+def _check(order: Upload, kind: str) -> None:
+    if kind != UPLOAD_TYPE:
         raise Problem(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             f"send the file's bytes as the body, with `Content-Type: {UPLOAD_TYPE}`",
@@ -148,7 +153,7 @@ def _new_folder(state: State) -> Path:
     return Path(tempfile.mkdtemp(prefix=FOLDER, dir=state.uploads))
 
 
-async def _receive(request: Request, path: Path, *, limit: int) -> str:
+async def _receive(request: Request, path: Path) -> str:
     """Write a request's body to a file, flushed to disk; returns its SHA-256."""
     sha256 = hashlib.sha256()
     total = 0
@@ -158,7 +163,10 @@ async def _receive(request: Request, path: Path, *, limit: int) -> str:
         def write(data: bytes) -> None:
             with _room():
                 sha256.update(data)
-                file.write(data)
+                left = memoryview(data)
+                # An almost full disk takes a part.
+                while left:
+                    left = left[file.write(left) :]
 
         def sync() -> None:
             with _room():
@@ -167,12 +175,6 @@ async def _receive(request: Request, path: Path, *, limit: int) -> str:
         try:
             async for piece in request.stream():
                 total += len(piece)
-                if total > limit:
-                    raise Problem(
-                        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                        f"an upload may have {limit} bytes at most: split the file, or raise "
-                        "service.max_upload_mb",
-                    )
                 waiting += piece
                 if len(waiting) >= PIECE_BYTES:
                     await run_in_threadpool(write, bytes(waiting))
@@ -180,8 +182,7 @@ async def _receive(request: Request, path: Path, *, limit: int) -> str:
         except ClientDisconnect as error:
             raise Problem(
                 HTTPStatus.BAD_REQUEST,
-                f"the upload broke off after {total} bytes, or is larger than the {limit} bytes of "
-                "service.max_upload_mb: send it again",
+                f"the upload broke off after {total} bytes: send it again",
             ) from error
         await run_in_threadpool(write, bytes(waiting))
         await run_in_threadpool(sync)
@@ -223,7 +224,8 @@ def _take_in(state: State, path: Path, order: Upload) -> Answer:
         raise
     except RlhfError as error:
         raise Problem(status_of(error), _plain(str(error), path)) from error
-    extended = launching.extend(state, order.stream) if report.added else []
+    # Also for what is there already: a kill may have come between the rows and the plans.
+    extended = launching.extend(state, order.stream)
     body = IngestedModel(
         added=report.added,
         kind=report.kind.name,

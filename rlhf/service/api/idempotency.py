@@ -1,23 +1,28 @@
 """Writes with an `Idempotency-Key`: the same request again gets the same answer, and does nothing.
 
 A key belongs to its caller. Its row in the database is claimed before the work and holds the answer
-afterwards, so two servers on one database do the work once. What a caller could mend without
-sending anything else (5xx, no token, no role) is not kept: the key is free again.
+afterwards, so two servers on one database do the work once. What mends without another request
+(5xx, no token, no role, nothing there yet, busy) is not kept: the key is free again. So it is when
+the server that did the work has ended.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from sqlalchemy import delete, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, delete, select, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -25,10 +30,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.errors import RlhfError
-from rlhf.service.access import identify
+from rlhf.lease import HEARTBEAT_SECONDS, Holder, is_gone, this_process
+from rlhf.service.access import CALLER, identify
 from rlhf.service.api.openapi import KEY_HEADER, KEY_PATTERN, MAX_KEY, PREFIX
 from rlhf.service.database.models import Idempotency, now
-from rlhf.service.guards import UPLOAD_TYPE, note
+from rlhf.service.guards import note
+from rlhf.service.heads import is_upload
 from rlhf.service.problems import (
     MEDIA_TYPE,
     Problem,
@@ -38,13 +45,20 @@ from rlhf.service.problems import (
 )
 from rlhf.service.state import State
 
+log = logging.getLogger(__name__)
+
 REPLAYED = "Idempotent-Replayed"
 KEPT = timedelta(days=7)
 """How long an answer is given again."""
-ABANDONED = timedelta(hours=6)
-"""After so long a claim without an answer belongs to a server that is gone."""
-FREED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+FREED = (
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.CONFLICT,
+)
 """Answers that free the key, besides 5xx."""
+HOLDER = "holder"
+"""Name under which the body of a row without an answer has the server that works on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +90,12 @@ class Claim:
     id: int
     created: datetime
 
+    @property
+    def is_own(self) -> ColumnElement[bool]:
+        """Return the condition that a row is the claim's and has no answer yet."""
+        is_same = (Idempotency.id == self.id) & (Idempotency.created == self.created)
+        return is_same & (Idempotency.status == 0)
+
 
 def check_key(key: str) -> None:
     """Refuse a key that the database could not hold."""
@@ -94,24 +114,13 @@ def claim(state: State, user: str, key: str, digest: str) -> Claim | Answer:
     is still under way (409).
     """
     with state.transaction() as session:
-        session.execute(
-            delete(Idempotency).where(
-                (Idempotency.created < now() - KEPT)
-                | ((Idempotency.status == 0) & (Idempotency.created < now() - ABANDONED))
-            )
-        )
-    try:
-        with state.transaction() as session:
-            row = Idempotency(user=user, key=key, request=digest)
-            session.add(row)
-            session.flush()
-            return Claim(row.id, row.created)
-    except IntegrityError:
-        pass
-    with state.reading() as session:
-        found = session.scalar(
-            select(Idempotency).where(Idempotency.user == user, Idempotency.key == key)
-        )
+        session.execute(delete(Idempotency).where(Idempotency.created < now() - KEPT))
+    found = _insert(state, user, key, digest)
+    if isinstance(found, Idempotency) and _is_abandoned(found):
+        settle(state, Claim(found.id, found.created), None)
+        found = _insert(state, user, key, digest)
+    if isinstance(found, Claim):
+        return found
     if found is not None and found.request != digest:
         raise Problem(
             HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -125,15 +134,61 @@ def claim(state: State, user: str, key: str, digest: str) -> Claim | Answer:
     return Answer(found.status, found.body["content"])
 
 
+def _insert(state: State, user: str, key: str, digest: str) -> Claim | Idempotency | None:
+    """Return a new claim, or the row that has the key; None where that has just gone."""
+    row = Idempotency(user=user, key=key, request=digest, body=_holder())
+    try:
+        with state.transaction() as session:
+            session.add(row)
+            session.flush()
+            return Claim(row.id, row.created)
+    except IntegrityError:
+        pass
+    with state.reading() as session:
+        return session.scalar(
+            select(Idempotency).where(Idempotency.user == user, Idempotency.key == key)
+        )
+
+
+def _holder() -> dict[str, Any]:
+    return {HOLDER: asdict(this_process(""))}
+
+
+def _is_abandoned(row: Idempotency) -> bool:
+    """Tell whether the server that works on a row has ended without an answer."""
+    return row.status == 0 and is_gone(Holder(**row.body[HOLDER]), now=time.time())
+
+
+@contextmanager
+def _beating(state: State, claimed: Claim) -> Iterator[None]:
+    """Renew a claim while the block runs, so that servers elsewhere see that it is worked on."""
+    end = threading.Event()
+
+    def beat() -> None:
+        while not end.wait(HEARTBEAT_SECONDS):
+            try:
+                with state.transaction() as session:
+                    session.execute(
+                        update(Idempotency).where(claimed.is_own).values(body=_holder())
+                    )
+            except SQLAlchemyError:
+                log.warning("a claim could not be renewed; it is tried again", exc_info=True)
+
+    threading.Thread(target=beat, name="idempotency", daemon=True).start()
+    try:
+        yield
+    finally:
+        end.set()
+
+
 def settle(state: State, claimed: Claim, answer: Answer | None) -> None:
     """Keep the answer of a claim, or free its key; nothing where another request has it now."""
-    own = (Idempotency.id == claimed.id) & (Idempotency.created == claimed.created)
     with state.transaction() as session:
         if answer is not None and answer.is_kept:
             kept = {"status": answer.status, "body": {"content": answer.body}}
-            session.execute(update(Idempotency).where(own).values(**kept))
+            session.execute(update(Idempotency).where(claimed.is_own).values(**kept))
         else:
-            session.execute(delete(Idempotency).where(own))
+            session.execute(delete(Idempotency).where(claimed.is_own))
 
 
 def answer_once(
@@ -142,13 +197,13 @@ def answer_once(
     """Do work under a key, or give its answer again; without a key just do it."""
     if key is None:
         return _answered(work).response()
-    check_key(key)
     claimed = claim(state, user, key, digest)
     if isinstance(claimed, Answer):
         return claimed.response(replayed=True)
     answer = None
     try:
-        answer = _answered(work)
+        with _beating(state, claimed):
+            answer = _answered(work)
     finally:
         settle(state, claimed, answer)
     return answer.response()
@@ -182,9 +237,8 @@ class Idempotent:
         if not is_write or not scope["path"].startswith(PREFIX):
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        key = headers.get(KEY_HEADER)
-        if key is None or headers.get("content-type", "").startswith(UPLOAD_TYPE):
+        key = Headers(scope=scope).get(KEY_HEADER)
+        if key is None or is_upload(scope["method"], scope["path"]):
             await self.app(scope, receive, send)
             return
         found = await run_in_threadpool(identify, Request(scope))
@@ -192,7 +246,7 @@ class Idempotent:
         if found is None or body is None:
             await self.app(scope, _again(messages, receive), send)
             return
-        scope["rlhf.caller"] = found
+        scope[CALLER] = found
         digest = digest_of(scope, hashlib.sha256(body).hexdigest())
         try:
             check_key(key)
@@ -215,7 +269,8 @@ class Idempotent:
 
         answer = None
         try:
-            await self.app(scope, receive, hold)
+            with _beating(self.state, claimed):
+                await self.app(scope, receive, hold)
             answer = _answer(sent)
         finally:
             await run_in_threadpool(settle, self.state, claimed, answer)

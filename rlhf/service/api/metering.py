@@ -13,10 +13,9 @@ from sqlalchemy import func, select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.service.database.models import Annotation, Audit, InboxFile, Task, Week
-from rlhf.service.facts.files import stamp
-from rlhf.service.facts.summaries import STATES, RunSummary, list_runs
+from rlhf.service.facts.summaries import STATES, list_runs
 from rlhf.service.state import State
-from rlhf.service.watch import SIGN
+from rlhf.service.watch import last_look
 
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 OTHER = "other"
@@ -91,14 +90,14 @@ class _Standing(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the numbers as they are now."""
         runs = list_runs(self.state)
-        yield _gauge("rlhf_runs", "Runs by state.", "state", Tally(map(_state, runs)))
+        yield _gauge("rlhf_runs", "Runs by state.", "state", Tally(run.state for run in runs))
         nodes = {name: sum(run.counts[name] for run in runs) for name in STATES}
         yield _gauge("rlhf_nodes", "Nodes of all runs by state.", "state", nodes)
         yield from self._stored()
-        looked = stamp(self.state.folder / SIGN)
+        looked = last_look(self.state)
         if looked is not None:
             text = "When the watcher looked last, in Unix seconds."
-            yield GaugeMetricFamily("rlhf_watcher_last_look_seconds", text, looked[0] / 1e9)
+            yield GaugeMetricFamily("rlhf_watcher_last_look_seconds", text, looked)
 
     def _stored(self) -> Iterator[Metric]:
         by_week = (
@@ -115,17 +114,6 @@ class _Standing(Collector):
         yield _gauge("rlhf_annotations", "Annotations by week.", "week", weeks)
         yield _gauge("rlhf_inbox_files", "Files of the inbox by outcome.", "state", files)
         yield GaugeMetricFamily("rlhf_audited_writes", "Rows of the audit log.", writes)
-
-
-def _state(run: RunSummary) -> str:
-    """Return the one state that says most about a run."""
-    if run.problem:
-        return "unreadable"
-    if run.running:
-        return "running"
-    if run.failed:
-        return "failed"
-    return "done" if run.finished_at is not None else "waiting"
 
 
 def _gauge(name: str, text: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:

@@ -203,14 +203,14 @@ class IngestedModel(BaseModel):
 
 
 class AuditModel(_Read):
-    """A write that was asked for."""
+    """A write: one that somebody asked for, or that the watcher made."""
 
     id: int = Field(description="Number, rising.")
     time: datetime = Field(description="When, in UTC.")
     user: str = Field(description="Who; `watcher` for what nobody asked for.")
     role: str = Field(description="As which role.")
     action: str = Field(description="Method and route, or what the watcher did.")
-    target: str = Field(description="Address that was written to.")
+    target: str = Field(description="Address, run, file or user that was written to.")
     status: int = Field(description="HTTP status of the answer.")
     detail: Row = Field(description="What else is recorded, such as the reason.")
 
@@ -228,7 +228,7 @@ class LaunchModel(_Read):
     changed: datetime = Field(description="When its state changed, in UTC.")
 
 
-Value = bool | int | float | Text | None
+Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Text | None
 Settings = Annotated[
     dict[Annotated[Text, Field(max_length=200)], Value],
     Field(

@@ -39,7 +39,10 @@ class Page(BaseModel, Generic[T]):
 
 def encode(place: int | str) -> str:
     """Return a cursor that stands for a place in a list."""
-    return base64.urlsafe_b64encode(json.dumps([place]).encode()).decode().rstrip("=")
+    # Spelled out, names in other scripts would be longer than a cursor may be.
+    text = json.dumps([place], ensure_ascii=False)
+    data = text.encode("utf-8", "surrogatepass")
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def decode(cursor: str | None, default: Place) -> Place:

@@ -25,7 +25,17 @@ from rlhf.service.api.models import (
     VersionModel,
 )
 from rlhf.service.api.openapi import problems
-from rlhf.service.api.paging import MAX_NUMBER, Cursor, Limit, Page, cut, cut_names, decode, encode
+from rlhf.service.api.paging import (
+    DEFAULT,
+    MAX_NUMBER,
+    Cursor,
+    Limit,
+    Page,
+    cut,
+    cut_names,
+    decode,
+    encode,
+)
 from rlhf.service.database.models import Audit
 
 router = APIRouter(
@@ -46,7 +56,7 @@ Step = Annotated[int | None, Query(ge=-1, le=MAX_STEP)]
 
 @router.get("/runs", tags=["runs"], summary="All runs")
 def get_runs(
-    state: StateOf, caller: Viewer, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Viewer, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[RunModel]:
     """List the runs by name."""
     names, following = cut_names(facts.known_runs(state), cursor=cursor, limit=limit)
@@ -65,7 +75,7 @@ def get_run(state: StateOf, caller: Viewer, run: str) -> RunDetailModel:
 
 @router.get("/runs/{run}/nodes", tags=["runs"], summary="Nodes and their state", responses=NO_RUN)
 def get_nodes(
-    state: StateOf, caller: Viewer, run: str, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Viewer, run: str, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[NodeModel]:
     """List the nodes of a run in the order of its plan."""
     rows, following = cut(facts.node_rows(facts.open_run(state, run)), cursor=cursor, limit=limit)
@@ -100,7 +110,7 @@ def get_samples(
     caller: Viewer,
     run: str,
     node: NodeName,
-    limit: Limit = 50,
+    limit: Limit = DEFAULT,
     cursor: Cursor = None,
 ) -> Page[Row]:
     """List texts that a node wrote down, in the order it did."""
@@ -138,7 +148,7 @@ def get_report(state: StateOf, caller: Viewer, run: str) -> dict[str, Any]:
 
 @router.get("/runs/{run}/versions", tags=["runs"], summary="Versions", responses=NO_RUN)
 def get_versions(
-    state: StateOf, caller: Viewer, run: str, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Viewer, run: str, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[VersionModel]:
     """List the versions that a run has made, oldest first."""
     versions = facts.run_versions(facts.open_run(state, run))
@@ -148,7 +158,7 @@ def get_versions(
 
 @router.get("/streams", tags=["batches"], summary="All streams")
 def get_streams(
-    state: StateOf, caller: Viewer, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Viewer, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[StreamModel]:
     """List the streams of the store by name."""
     streams = {row.name: row for row in facts.list_streams(state)}
@@ -163,7 +173,7 @@ def get_streams(
     responses=NO_STREAM,
 )
 def get_batches(
-    state: StateOf, caller: Viewer, stream: str, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Viewer, stream: str, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[BatchModel]:
     """List the batches and sets of a stream in the order they came."""
     start = decode(cursor, 0)
@@ -196,9 +206,9 @@ def get_batch(
     return BatchReportModel.model_validate(found)
 
 
-@router.get("/audit", tags=["audit"], summary="Writes that were asked for")
+@router.get("/audit", tags=["audit"], summary="Audit log")
 def get_audit(
-    state: StateOf, caller: Operator, limit: Limit = 50, cursor: Cursor = None
+    state: StateOf, caller: Operator, limit: Limit = DEFAULT, cursor: Cursor = None
 ) -> Page[AuditModel]:
     """List the audit log, newest first."""
     before = decode(cursor, MAX_NUMBER - 1)

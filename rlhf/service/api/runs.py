@@ -93,7 +93,8 @@ def promote_version(
     """Make a version count as promoted after the last evaluated round, with a reason."""
     note(request.scope, version=order.version, reason=order.reason)
     found = facts.open_run(state, run)
-    last = overrule(
-        found.config, found.plan, found.folder, version=order.version, reason=order.reason
-    )
+    with launching.alone(state, found.name, "promote"):
+        last = overrule(
+            found.config, found.plan, found.folder, version=order.version, reason=order.reason
+        )
     return PromotedModel(run=run, version=order.version, round=last, reason=order.reason)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from rlhf.config import Service
@@ -22,6 +22,8 @@ READING = "rlhf_reading"
 """Execution option of connections that write nothing, and so need not wait for writers."""
 BUSY_MILLISECONDS = 30_000
 """Longest wait for another writer of the embedded database."""
+CONNECT_SECONDS = 10
+"""Longest wait for a server that does not answer, unless the URL has a connect_timeout."""
 
 
 def open_engine(settings: Service, folder: Path) -> Engine:
@@ -42,9 +44,13 @@ def open_engine(settings: Service, folder: Path) -> Engine:
         )
     password = _password()
     url = url.set(drivername="postgresql+psycopg")
+    has_own = "connect_timeout" in url.query
     # A connection that the server closed is replaced before it is used.
     return create_engine(
-        url.set(password=password) if password else url, pool_pre_ping=True, pool_size=20
+        url.set(password=password) if password else url,
+        connect_args={} if has_own else {"connect_timeout": CONNECT_SECONDS},
+        pool_pre_ping=True,
+        pool_size=20,
     )
 
 
@@ -63,8 +69,11 @@ def _password() -> str | None:
 
 
 def _open_sqlite(path: Path) -> Engine:
+    # Put together from parts: a folder's name may hold what has a meaning in a URL.
     engine = create_engine(
-        f"sqlite:///{path}", connect_args={"timeout": BUSY_MILLISECONDS / 1000}, pool_size=20
+        URL.create("sqlite", database=str(path)),
+        connect_args={"timeout": BUSY_MILLISECONDS / 1000},
+        pool_size=20,
     )
 
     @event.listens_for(engine, "connect")

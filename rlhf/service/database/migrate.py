@@ -9,7 +9,7 @@ from alembic.config import Config as AlembicConfig
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from rlhf.errors import ConfigError
 from rlhf.service.database.connect import PASSWORD
@@ -28,8 +28,8 @@ def migrate(engine: Engine) -> None:
                 if connection.dialect.name == "postgresql":
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
                 _upgrade(connection, settings)
-        except OperationalError as error:
-            reason = str(error.orig).strip().splitlines()[0]
+        except DBAPIError as error:
+            reason = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
             raise ConfigError(
                 f"service.database={engine.url.render_as_string()} cannot be used: {reason}; start "
                 f"it, check the URL, and put a password into {PASSWORD}"

@@ -65,7 +65,6 @@ class Base(DeclarativeBase):
     type_annotation_map = {  # noqa: RUF012
         datetime: UtcTime(),
         dict[str, Any]: JSON(),
-        list[Any]: JSON(),
         str: String(200),
         float: Double(),
     }
@@ -80,7 +79,6 @@ class User(Base):
     name: Mapped[str] = mapped_column(unique=True)
     role: Mapped[str]
     created: Mapped[datetime] = mapped_column(default=now)
-    disabled: Mapped[datetime | None]
 
     tokens: Mapped[list[Token]] = relationship(back_populates="user")
 
@@ -119,7 +117,7 @@ class BrowserSession(Base):
 
 
 class Audit(Base):
-    """A write that was asked for, and how it was answered."""
+    """A write and how it was answered: one that somebody asked for, or that the watcher made."""
 
     __tablename__ = "audit"
 
@@ -137,7 +135,7 @@ class Audit(Base):
 class Idempotency(Base):
     """The answer to a write with an idempotency key, given again when the key comes again.
 
-    `status` is 0 while the first request is under way.
+    While the first request is under way, `status` is 0 and `body` says which server works on it.
     """
 
     __tablename__ = "idempotency"
@@ -164,6 +162,10 @@ class Launch(Base):
     state: Mapped[str]
     """wanted (the run is busy; it is launched when it is not), launched, or failed."""
     launcher: Mapped[str]
+    recipe: Mapped[str | None]
+    """Of a new run; None goes on with one."""
+    settings: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """What it changes, by dotted name."""
     output: Mapped[str] = mapped_column(Text, default="")
     """What `rlhf launch` said: job ids, or why not."""
     created: Mapped[datetime] = mapped_column(default=now)

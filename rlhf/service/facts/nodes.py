@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -201,8 +200,3 @@ class _Jobs:
 
 _FINISHED = _Nodes()
 _JOBS = _Jobs()
-
-
-def as_dict(row: NodeRow) -> dict[str, Any]:
-    """Return a row's fields."""
-    return {name: getattr(row, name) for name in row.__slots__}

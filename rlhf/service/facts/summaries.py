@@ -50,6 +50,17 @@ class RunSummary:
     failed: list[str] = field(default_factory=list)
     problem: str = ""
 
+    @property
+    def state(self) -> str:
+        """Return what says most about the run: failed, running, done, stopped or waiting."""
+        if self.failed or self.problem:
+            return "failed"
+        if self.running:
+            return "running"
+        if self.finished_at is not None:
+            return "done"
+        return "stopped" if self.counts["stopped"] else "waiting"
+
 
 def list_runs(state: State, *, names: Sequence[str] | None = None) -> list[RunSummary]:
     """Return every run, or some, by name; one that cannot be read does not hide the others."""

@@ -29,6 +29,8 @@ def audit(
     user: Annotated[str, Query(max_length=200)] = "",
 ) -> HTMLResponse:
     """Show the newest writes, `before` a row's number, of one user or of all."""
+    # No name has a zero byte, and PostgreSQL refuses to look for one.
+    user = user.replace("\0", "")
     wanted = select(Audit).order_by(Audit.id.desc()).limit(PAGE + 1)
     if before is not None:
         wanted = wanted.where(Audit.id < before)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from rlhf.service.access import SAFE_METHODS, Caller
+from rlhf.service.access import CALLER, SAFE_METHODS, Caller
 from rlhf.service.pages.render import csrf_field, fragment
 
 PROGRAMS = ("/api/", "/healthz", "/readyz", "/metrics", "/static/")
@@ -29,7 +29,7 @@ def error_page(request: Request, status: int, detail: str) -> Response:
     if status == HTTPStatus.UNAUTHORIZED and is_reader:
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(f"/login?next={quote(path, safe='')}", status_code=303)
-    found: Caller | None = request.scope.get("rlhf.caller")
+    found: Caller | None = request.scope.get(CALLER)
     values = {"caller": found, "csrf_field": csrf_field(found)} if found is not None else {}
     return fragment(
         "error.html",

@@ -15,7 +15,7 @@ from rlhf.report.page import SECTIONS
 from rlhf.report.view.blocks import Block, slug
 from rlhf.report.view.refs import Ref
 from rlhf.report.view.versions import behaviour, decisions, examples, versions_table, win_rates
-from rlhf.service import facts
+from rlhf.service import facts, launching
 from rlhf.service.access import Caller, Operator, StateOf, Viewer
 from rlhf.service.guards import note
 from rlhf.service.pages.render import Message, redirect, render
@@ -69,7 +69,10 @@ def promote(
     opened = facts.open_run(state, run)
     note(request.scope, run=opened.name, version=version, reason=reason)
     try:
-        last = overrule(opened.config, opened.plan, opened.folder, version=version, reason=reason)
+        with launching.alone(state, opened.name, "promote"):
+            last = overrule(
+                opened.config, opened.plan, opened.folder, version=version, reason=reason
+            )
     except RlhfError as error:
         typed = {"version": version, "reason": reason}
         return show_versions(request, state, caller, run, typed=typed, error=error)

@@ -204,21 +204,8 @@ def _sorted_runs(state: State) -> list[dict[str, Any]]:
     """Return the runs: those that need somebody, those that run, then the newest first."""
     order = ("failed", "running", "stopped", "waiting", "done")
     found = sorted(facts.list_runs(state), key=lambda run: run.started or START, reverse=True)
-    found.sort(key=lambda run: order.index(_status(run)))
-    return [
-        {"run": run, "total": sum(run.counts.values()), "status": _status(run)} for run in found
-    ]
-
-
-def _status(run: facts.RunSummary) -> str:
-    """Return the state of a run as a whole."""
-    if run.failed or run.problem:
-        return "failed"
-    if run.running:
-        return "running"
-    if run.finished_at is not None:
-        return "done"
-    return "stopped" if run.counts["stopped"] else "waiting"
+    found.sort(key=lambda run: order.index(run.state))
+    return [{"run": run, "total": sum(run.counts.values()), "status": run.state} for run in found]
 
 
 def _one_run(

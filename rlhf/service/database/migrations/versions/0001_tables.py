@@ -28,7 +28,6 @@ def _people() -> None:
         _text("name"),
         _text("role"),
         _time("created"),
-        _time("disabled", nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_users"),
         sa.UniqueConstraint("name", name="uq_users_name"),
     )
@@ -95,6 +94,8 @@ def _operation() -> None:
         _text("user"),
         _text("state"),
         _text("launcher"),
+        _text("recipe", nullable=True),
+        sa.Column("settings", sa.JSON(), nullable=False),
         sa.Column("output", sa.Text(), nullable=False),
         _time("created"),
         _time("changed"),
