@@ -40,7 +40,8 @@ HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
 AUDIT = "rlhf.audit"
-"""Key of a request's scope under which a handler leaves what the audit log should hold."""
+"""Key of a request's scope under which a handler leaves what the audit log should hold; None is
+for what it need not hold."""
 
 
 def note(scope: MutableMapping[str, Any], **detail: Any) -> None:
@@ -98,7 +99,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-                if scope["method"] not in SAFE_METHODS:
+                if scope["method"] not in SAFE_METHODS and scope.get(AUDIT, {}) is not None:
                     await run_in_threadpool(self._record, scope, message["status"])
             await send(message)
 
