@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from rlhf.service.access import Annotator, Operator, StateOf, Viewer
 from rlhf.service.annotation import assigning, closing, judging, measures, weeks
@@ -16,7 +16,8 @@ from rlhf.service.annotation.schemas import (
     AnnotatorRow,
     Answer,
     Closed,
-    Draft,
+    Discarded,
+    NewDraft,
     NewWeek,
     NextTask,
     Saved,
@@ -28,7 +29,7 @@ from rlhf.service.annotation.schemas import (
 )
 from rlhf.service.api.openapi import problems
 from rlhf.service.api.paging import MAX_NUMBER, Cursor, Limit, Page, cut_names, decode, encode
-from rlhf.service.guards import note
+from rlhf.service.guards import AUDIT, note
 from rlhf.service.state import State
 
 NDJSON = "application/x-ndjson"
@@ -36,12 +37,13 @@ NO_WEEK = problems(s404="There is no such week; the answer names those there are
 NOT_OPERATORS = problems(
     s403="Only operators do this.",
     s404="There is no such run, node or week; the answer names those there are.",
-    s409="The pairs are a week already, or cannot be one; or there is nothing to close.",
+    s409="The pairs are a week already, or cannot be one; or the week has no verdict to be closed "
+    "with, or has some and cannot be discarded; or its stream has another batch of its name.",
 )
 OWN = problems(
     s404="The caller has no such assignment.",
     s409="It is finished otherwise, its week is closed, or somebody else has the pair now.",
-    s507="The disk is full; nothing was recorded.",
+    s507="The disk is full: the same again, once there is room, is recorded once.",
 )
 
 router = APIRouter(prefix="/api/v1", tags=["annotation"])
@@ -101,28 +103,45 @@ def close_week(state: StateOf, caller: Operator, week: str, request: Request) ->
     return closed
 
 
+@router.post("/weeks/{week}/discard", summary="Discard a week", responses=NOT_OPERATORS)
+def discard_week(state: StateOf, caller: Operator, week: str, request: Request) -> Discarded:
+    """Take back a week of which no pair has been judged; its pairs can be a week again."""
+    gone = weeks.discard_week(state, week)
+    note(request.scope, week=gone.name, run=gone.run, node=gone.node)
+    return Discarded(week=gone.name, run=gone.run, node=gone.node)
+
+
 @router.get(
     "/weeks/{week}/export",
-    summary="Verdicts so far as a batch file",
+    summary="A week's batch file, or its verdicts so far",
     response_class=StreamingResponse,
     responses={200: {"description": "Rows of a batch.", "content": {NDJSON: {}}}, **NO_WEEK},
 )
-def export_week(state: StateOf, caller: Operator, week: str) -> StreamingResponse:
-    """Download what is judged so far as a batch file; closing writes the same rows."""
+def export_week(state: StateOf, caller: Operator, week: str) -> Response:
+    """Download the batch file; before the week is closed, the rows that it would have now.
+
+    Those have a name of their own, under which nobody takes them for the week's batch.
+    """
     with state.reading() as session:
         name = weeks.find_week(session, week).name
+    path = weeks.batch_file(weeks.folder_of(state, name))
+    if path.exists():
+        return FileResponse(path, media_type=NDJSON, filename=path.name)
     return StreamingResponse(
         _lines(state, name),
         media_type=NDJSON,
-        headers={"Content-Disposition": f'attachment; filename="{name}.jsonl"'},
+        headers={"Content-Disposition": f'attachment; filename="{name}.so-far.jsonl"'},
     )
 
 
 @router.post("/tasks/next", summary="Next pair", responses=NO_WEEK)
-def next_task(state: StateOf, caller: Annotator, week: WeekFilter = None) -> NextTask:
+def next_task(
+    state: StateOf, caller: Annotator, request: Request, week: WeekFilter = None
+) -> NextTask:
     """Give the annotator their open pair or the next one; asking again gives the same pair."""
     user = assigning.user_of(state, caller)
     offer = assigning.next_assignment(state, user, week)
+    request.scope[AUDIT] = None
     found = NextTask(status=offer.status, message=offer.message, task=None, progress=None)
     if offer.week is not None:
         if offer.assignment is not None:
@@ -139,9 +158,13 @@ def get_assignment(state: StateOf, caller: Annotator, key: str) -> TaskView:
 
 
 @router.put("/assignments/{key}/draft", summary="Keep a draft", responses=OWN)
-def put_draft(state: StateOf, caller: Annotator, key: str, body: Draft) -> Saved:
+def put_draft(
+    state: StateOf, caller: Annotator, key: str, body: NewDraft, request: Request
+) -> Saved:
     """Keep what has been typed."""
-    return judging.save_draft(state, assigning.user_of(state, caller), key, body)
+    saved = judging.save_draft(state, assigning.user_of(state, caller), key, body)
+    request.scope[AUDIT] = None
+    return saved
 
 
 @router.post("/assignments/{key}/submit", summary="Submit a verdict", responses=OWN)
