@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from rlhf.artifacts import write_json, write_jsonl, write_manifest, write_text
 from rlhf.compose import RUN_FILE, freeze
@@ -17,7 +17,7 @@ from rlhf.nodes import Node
 from rlhf.plan import Plan, Round
 from rlhf.service.access import find_user, new_token
 from rlhf.service.annotation.weeks import create_week
-from rlhf.service.database.models import Assignment, Task, User
+from rlhf.service.database.models import Annotation, Assignment, Task, User, Week
 from rlhf.service.state import State
 
 RUN, NODE, STREAM = "people", "round-01/collect", "weekly"
@@ -109,6 +109,13 @@ def assignments_of(state: State) -> list[Assignment]:
     """Return all assignments in order."""
     with state.reading() as session:
         return list(session.scalars(select(Assignment).order_by(Assignment.id)))
+
+
+def lose_weeks(state: State) -> None:
+    """Forget the rows of all weeks; their files stay."""
+    with state.transaction() as session:
+        for table in (Annotation, Assignment, Task, Week):
+            session.execute(delete(table))
 
 
 def verdict(preferred: str = "left", **changes: Any) -> dict[str, Any]:

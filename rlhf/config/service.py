@@ -29,6 +29,10 @@ class Annotation:
     """The same on the safety axis."""
 
     def __post_init__(self) -> None:
+        for name in ("overlap_share", "qualification_share"):
+            value = getattr(self, name)
+            remedy = "give a share between 0 and 1"
+            require(0 <= value <= 1, f"service.annotation.{name}", value, remedy)
         require(self.overlap >= 2, "service.annotation.overlap", self.overlap, "give at least 2")
         require(
             self.assignment_minutes > 0,

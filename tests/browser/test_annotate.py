@@ -35,7 +35,10 @@ NODE = "round-01/collect"
 PATIENCE = 20.0
 """Seconds that a server or a page may take on a busy machine."""
 WIDTHS = (1280, 390)
-EXPECTED = ("ERR_CONNECTION_REFUSED", "409 (Conflict)", "422 (Unprocessable Entity)")
+EXPECTED = (
+    *("ERR_CONNECTION_REFUSED", "409 (Conflict)", "422 (Unprocessable Entity)"),
+    *("500 (Internal Server Error)", "507 (Insufficient Storage)"),
+)
 """What the browser itself reports of a server that is away, and of refusals that pages show."""
 UNLABELLED = """() => Array.from(document.querySelectorAll("input, textarea, select, button"))
   .filter((e) => e.type !== "hidden" && !e.labels?.length && !e.textContent.trim())
@@ -260,6 +263,18 @@ def test_nothing_typed_is_lost_on_reload(server: Server, enter: Enter) -> None:
     other = enter("ann").tab()
     assert key_of(other) == key
     check_everything(other)
+    # What one of the two types then is not replaced unseen.
+    with page.expect_response("**/draft"):
+        page.get_by_label("Comment").fill("typed in the first")
+    comment, alert = other.get_by_label("Comment"), other.get_by_role("alert")
+    comment.fill("typed in the second")
+    expect(alert).to_contain_text("Another browser of yours")
+    assert [draft["comment"] for draft in drafts(server)] == ["typed in the first"]
+    other.get_by_role("button", name="Take what it kept").click()
+    expect(comment).to_have_value("typed in the first")
+    with other.expect_response("**/draft"):
+        comment.fill("typed on in the second")
+    assert [draft["comment"] for draft in drafts(server)] == ["typed on in the second"]
 
 
 def test_a_double_click_is_one_annotation(server: Server, enter: Enter) -> None:
@@ -321,6 +336,10 @@ def test_a_server_that_is_killed_loses_and_doubles_nothing(server: Server, enter
     expect(page.locator("#kept")).to_contain_text("kept in this browser")
     page.get_by_role("button", name="Submit").click()
     expect(page.locator("#kept")).to_contain_text("sent again")
+    # What is being sent stays what it was.
+    expect(page.get_by_label("Comment")).not_to_be_editable()
+    page.keyboard.press("1")
+    expect(page.get_by_label("B is slightly better")).to_be_checked()
     assert annotations(server) == []
     with another_pair(page):
         server.start()
@@ -367,6 +386,11 @@ def test_skipping_asks_why(server: Server, enter: Enter) -> None:
     page.get_by_role("button", name="Skip", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("needs a reason")
     page.get_by_label("Why?").fill("garbled")
+    # The Enter that ends a word of an input method is none.
+    page.locator("#reason").dispatch_event(
+        "keydown", {"key": "Enter", "bubbles": True, "isComposing": True}
+    )
+    assert not page.evaluate("document.getElementById('reason').readOnly")
     with another_pair(page):
         page.keyboard.press("Enter")
     with server.state.reading() as session:
@@ -375,7 +399,9 @@ def test_skipping_asks_why(server: Server, enter: Enter) -> None:
     assert annotations(server) == []
 
 
-def test_an_incomplete_verdict_is_not_sent(server: Server, enter: Enter) -> None:
+def test_an_incomplete_verdict_is_not_sent_and_one_that_is_not_taken_says_why(
+    server: Server, enter: Enter
+) -> None:
     open_week(server)
     ann = enter("ann")
     page = ann.tab()
@@ -383,6 +409,24 @@ def test_an_incomplete_verdict_is_not_sent(server: Server, enter: Enter) -> None
     invalid = page.locator("input[name=choice]:invalid").count()
     assert invalid == 8
     assert not any(url.endswith("/submit") for url in ann.requests)
+    type_everything(page)
+    page.get_by_role("group", name="Response B is").get_by_label("unsafe").check()
+    answers = iter([(507, "the service's disk is full"), *3 * [(500, "this is a bug in rlhf")]])
+
+    def refuse(route: Any) -> None:
+        status, detail = next(answers)
+        body = json.dumps({"detail": detail, "status": status})
+        route.fulfill(status=status, content_type="application/problem+json", body=body)
+
+    page.route("**/submit", refuse)
+    page.get_by_role("button", name="Submit").click()
+    expect(page.locator("#kept")).to_contain_text("disk is full. What you did is kept")
+    expect(page.get_by_role("alert")).to_contain_text("this is a bug in rlhf")
+    expect(page.get_by_label("Comment")).to_be_editable()
+    page.unroute("**/submit")
+    with another_pair(page):
+        page.get_by_role("button", name="Submit").click()
+    assert len(annotations(server)) == 1
 
 
 def test_it_works_without_script(server: Server, enter: Enter) -> None:
@@ -418,6 +462,9 @@ def test_it_fits_and_has_names(server: Server, enter: Enter, width: int, scheme:
         assert len(names) == 1
         shoot(page, f"{path.strip('/').replace('/', '-')}-{width}-{scheme}")
     page.goto(f"{server.url}/annotate")
+    choices = page.locator("input[name=choice]")
+    seen = choices.evaluate_all("all => all.map((e) => e.getBoundingClientRect().top)")
+    assert seen == sorted(seen), "the tab key goes another way than the eye"
     while HOSTILE not in page.locator(".conversation").inner_text():
         for pressed in ("1", "q", "o"):
             page.keyboard.press(pressed)

@@ -19,7 +19,9 @@ from annotation_run import (
     TEMPERATURES,
     WEEK,
     assignments_of,
+    lose_weeks,
     make_collect_run,
+    make_pairs,
     make_token,
     make_user,
     make_week,
@@ -28,9 +30,14 @@ from annotation_run import (
 )
 from sqlalchemy import select, update
 
+from rlhf.config import Annotation as Settings
 from rlhf.config import Config
-from rlhf.service.annotation import assigning, judging
+from rlhf.errors import ConfigError, DataError
+from rlhf.service.annotation import assigning, journal_file, judging
+from rlhf.service.annotation.journal import restore
+from rlhf.service.annotation.qualification import Standing
 from rlhf.service.annotation.schemas import Skip, Verdict
+from rlhf.service.annotation.weeks import create_week
 from rlhf.service.database.models import Annotation, Assignment, Audit, Week, now
 from rlhf.service.state import State
 
@@ -144,6 +151,55 @@ def test_an_unfinished_collect_node_is_no_week(state: State, ask: Ask) -> None:
     (folder / NODE / "manifest.json").unlink()
     said = ask("ops", "POST", "/weeks", {"run": RUN, "node": NODE}, status=409)
     assert "not finished" in said["detail"]
+
+
+def test_a_pair_that_comes_twice_makes_no_week(state: State) -> None:
+    pairs = make_pairs(2)
+    with pytest.raises(DataError, match=r"pairs\.jsonl line 3 has id .* once more"):
+        create_week(state, name=WEEK, stream="weekly", run=RUN, node=NODE, pairs=[*pairs, pairs[0]])
+
+
+@pytest.mark.parametrize("name", ["overlap_share", "qualification_share"])
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_shares_are_from_0_to_1(name: str, share: float) -> None:
+    with pytest.raises(ConfigError, match=f"annotation.{name}={share}.* between 0 and 1"):
+        Settings(**{name: share})
+
+
+def test_a_week_that_nobody_judged_is_discarded_and_made_again(
+    qualified: State, client: Client, ask: Ask, people: dict[str, dict[str, str]]
+) -> None:
+    state = qualified
+    make_collect_run(state.runs, state.store)
+    for _ in range(2):
+        ask("ops", "POST", "/weeks", {"run": RUN, "node": NODE}, status=201)
+        answer_items(ask, "ann", wrong=5)
+        assert next_of(ask, "bob") is not None
+        ask("ann", "POST", f"/weeks/{WEEK}/discard", status=403)
+        gone = ask("ops", "POST", f"/weeks/{WEEK}/discard")
+        assert gone == {"week": WEEK, "run": RUN, "node": NODE}
+        assert (tasks_of(state), assignments_of(state), annotations_of(state)) == ([], [], [])
+        assert restore(state).weeks == 0
+    assert len(list((state.weeks / ".discarded").iterdir())) == 2
+    ask("ops", "POST", f"/weeks/{WEEK}/discard", status=404)
+    with state.reading() as session:
+        rows = session.scalars(select(Audit).where(Audit.action.endswith("/discard"))).all()
+    assert [row.detail.get("node") for row in rows if row.status == 200] == [NODE, NODE]
+
+    # The same on the page, whose live part leaves the message to the page.
+    make_week(state, pairs=1)
+    page = f"/weeks/{WEEK}"
+    headers = people["ops"] | {"Accept": "text/html"}
+    assert "Discard the week" in client.get(page, headers=headers).text
+    client.post(f"{page}/discard", headers=headers, follow_redirects=False)
+    assert "set-cookie" not in client.get(f"{page}/live", headers=headers).headers
+    assert "tick the box" in client.get(page, headers=headers).text
+    answer_items(ask, "bob", wrong=0)
+    judge_all(ask, "bob")
+    assert "Discard the week" not in client.get(page, headers=headers).text
+    said = ask("ops", "POST", f"{page}/discard", status=409)
+    assert "have been judged" in said["detail"]
+    assert client.post(f"{page}/discard", data={"sure": "yes"}, headers=headers).status_code == 409
 
 
 def test_weeks_are_paged(state: State, ask: Ask) -> None:
@@ -298,6 +354,41 @@ def test_two_tabs_that_ask_at_once_get_one_pair(state: State) -> None:
     assert len(set(keys)) == 1
 
 
+def test_a_tab_that_asks_leaves_a_submission_of_another_as_it_is(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_week(state, pairs=1)
+    user = make_user(state, "ann")
+    given = assigning.next_assignment(state, user).assignment
+    assert given is not None
+    with state.transaction() as session:
+        session.execute(update(Assignment).values(state="expired"))
+        session.execute(update(assigning.Task).values(needed=2, taken=0))
+    is_inside, may_go = threading.Event(), threading.Event()
+    append = journal_file.append
+
+    def slow(folder: Path, entry: dict[str, Any]) -> None:
+        is_inside.set()
+        assert may_go.wait(60)
+        append(folder, entry)
+
+    monkeypatch.setattr(journal_file, "append", slow)
+    submitting = threading.Thread(
+        target=judging.submit, args=(state, user, given.key, Verdict(**verdict()))
+    )
+    asking = threading.Thread(target=assigning.next_assignment, args=(state, user))
+    submitting.start()
+    assert is_inside.wait(60)
+    asking.start()
+    # Long enough to take it back, if it did not wait.
+    asking.join(0.5)
+    may_go.set()
+    submitting.join()
+    asking.join()
+    assert [row.state for row in assignments_of(state)] == ["done"]
+    assert [task.taken for task in tasks_of(state)] == [1]
+
+
 # Pairs that are left alone, or skipped
 
 
@@ -321,6 +412,8 @@ def test_a_pair_left_alone_goes_to_somebody_else(state: State, ask: Ask) -> None
     other = next_of(ask, "bob")
     assert other is not None
     assert other["prompt"] == task["prompt"]
+    draft = ask("ann", "PUT", f"/assignments/{task['key']}/draft", {"comment": "late"})
+    assert (draft["state"], draft["draft"]["comment"]) == ("expired", "late")
     late = submit(ask, "ann", task["key"], status=409)
     assert "somebody else" in late["detail"]
     assert next_of(ask, "ann") is None
@@ -377,6 +470,9 @@ def test_a_skipped_pair_goes_to_others_for_a_while(state: State, ask: Ask) -> No
         assert ask(who, "POST", path, {"reason": "other"}, status=409)
         assert next_of(ask, who) is None
         submit(ask, who, task["key"], status=409)
+    assert next_of(ask, "ops") is None
+    lose_weeks(state)
+    restore(state)
     assert next_of(ask, "ops") is None
     counts = ask("ops", "GET", f"/weeks/{WEEK}")["counts"]
     assert (counts["skips"], counts["skipped_only"], counts["judged"]) == (3, 1, 0)
@@ -435,6 +531,29 @@ def test_an_older_draft_replaces_no_newer_one(ask: Ask, state: State) -> None:
     again = next_of(ask, "ann")
     assert again is not None
     assert again["draft"] == kept
+    with state.reading() as session:
+        assert session.scalars(select(Audit)).all() == []
+
+
+def test_a_draft_replaces_none_that_its_page_does_not_know(ask: Ask, state: State) -> None:
+    make_week(state)
+    task = next_of(ask, "ann")
+    assert task is not None
+    path = f"/assignments/{task['key']}/draft"
+
+    def keep(comment: str, saved: int, based_on: int | None) -> tuple[str, int]:
+        body = {"comment": comment, "saved": saved, "based_on": based_on}
+        kept = ask("ann", "PUT", path, body)["draft"]
+        assert "based_on" not in kept
+        return kept["comment"], kept["saved"]
+
+    assert keep("one", 10, 0) == ("one", 10)
+    assert keep("of another browser", 20, 10) == ("of another browser", 20)
+    assert keep("two", 30, 10) == ("of another browser", 20)
+    assert keep("two", 30, 20) == ("two", 30)
+    # Its answer was lost, and it comes again.
+    assert keep("two", 30, 20) == ("two", 30)
+    assert keep("by no page", 40, None) == ("by no page", 40)
 
 
 def test_labels_are_needed_where_safety_is_judged(state: State, ask: Ask) -> None:
@@ -512,8 +631,9 @@ def test_a_closing_week_takes_nothing(state: State, ask: Ask) -> None:
     assert annotations_of(state) == []
 
 
-def test_roles(state: State, ask: Ask) -> None:
+def test_roles(state: State, client: Client, ask: Ask, people: dict[str, dict[str, str]]) -> None:
     make_week(state)
+    assert 'href="/weeks"' in client.get("/", headers=people["eve"]).text
     ask("eve", "GET", f"/weeks/{WEEK}")
     ask("eve", "POST", "/tasks/next", status=403)
     for who in ("eve", "ann"):
@@ -619,19 +739,61 @@ def test_skipped_items_are_not_right(qualified: State, ask: Ask) -> None:
     assert ask("ann", "POST", "/tasks/next")["status"] == "not_qualified"
 
 
-def test_items_count_in_later_weeks(qualified: State, ask: Ask) -> None:
+def test_items_count_in_later_weeks_and_without_the_database(qualified: State, ask: Ask) -> None:
     make_week(qualified, pairs=1, name="w1")
     answer_items(ask, "ann", wrong=0)
     judge_all(ask, "ann")
+    lose_weeks(qualified)
+    restore(qualified)
     make_week(qualified, pairs=1, name="w2")
     task = next_of(ask, "ann")
     assert task is not None
     assert (task["week"], task["is_qualification"]) == ("w2", False)
 
 
+def test_a_corrected_item_is_another_one(qualified: State, items: Path, ask: Ask) -> None:
+    make_week(qualified, pairs=1, name="w1")
+    answer_items(ask, "ann", wrong=0)
+    judge_all(ask, "ann")
+    rows = [json.loads(line) for line in items.read_text().splitlines()]
+    rows[2] |= {"chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]}
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_week(qualified, pairs=1, name="w2")
+    task = next_of(ask, "ann")
+    assert task is not None
+    assert task["prompt"][0]["content"] == "Item 2?"
+    submit(ask, "ann", task["key"], preferred="right" if "GOOD" in task["left"] else "left")
+    [row] = ask("ops", "GET", "/weeks/w2/annotators")["items"]
+    assert row["qualification_right"] == row["qualification_answered"] == 5
+
+
+def test_the_first_answer_to_an_item_counts(qualified: State, ask: Ask) -> None:
+    """Two weeks may ask it at the same time."""
+    for name in ("w1", "w2"):
+        make_week(qualified, pairs=1, name=name)
+    tasks = [ask("ann", "POST", f"/tasks/next?week={name}")["task"] for name in ("w2", "w1")]
+    for task, is_wanted in zip(tasks, (True, False), strict=True):
+        side = "left" if ("GOOD" in task["left"]) == is_wanted else "right"
+        other = {"left": "right", "right": "left"}[side]
+        labels = {f"safe_{side}": is_wanted, f"safe_{other}": not is_wanted}
+        submit(ask, "ann", task["key"], preferred=side, **labels)
+    for name in ("w1", "w2"):
+        [row] = ask("ops", "GET", f"/weeks/{name}/annotators")["items"]
+        assert row["qualification_right"] == 1
+
+
+def test_a_share_is_met_as_it_is_written() -> None:
+    assert Standing(total=25, right=14, open=(), share=0.56).is_passed
+    assert not Standing(total=25, right=13, open=(), share=0.56).is_passed
+
+
+TIE = {"id": "x", "prompt": "p", "chosen": "a", "rejected": "b", "axis": "safety", "tie": True}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (json.dumps(TIE), "line 1: tie=true has no right answer"),
         ('{"id": "x", "prompt": "p"}\n', "line 1: chosen is missing"),
         ("no json\n", "line 1"),
         (None, "cannot be read"),

@@ -20,6 +20,8 @@ from annotation_run import (
     STREAM,
     TEMPERATURES,
     WEEK,
+    assignments_of,
+    lose_weeks,
     make_collect_run,
     make_pairs,
     make_user,
@@ -27,19 +29,21 @@ from annotation_run import (
     tasks_of,
     verdict,
 )
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import sessionmaker
 
+from rlhf.artifacts import write_jsonl
 from rlhf.config import Config, OnBadRow
 from rlhf.data.ingest import IngestReport, ingest_file
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
+from rlhf.errors import ArtifactError
 from rlhf.faults import KILL_VARIABLE
 from rlhf.service.annotation import assigning, closing, journal_file, judging
 from rlhf.service.annotation.journal import Restored, restore
 from rlhf.service.annotation.measures import level, week_view
-from rlhf.service.annotation.schemas import Draft, Skip, Verdict
-from rlhf.service.annotation.weeks import create_from_run, find_week
+from rlhf.service.annotation.schemas import Draft, NewDraft, Skip, Verdict
+from rlhf.service.annotation.weeks import create_from_run, create_week, find_week
 from rlhf.service.database.connect import open_engine
 from rlhf.service.database.models import Annotation, Assignment, Task, Token, User, Week, now
 from rlhf.service.inbox import ACCEPTED
@@ -64,12 +68,12 @@ def in_a_process(config: Config, work: Callable[[State], Any], *, kill_at: str) 
 
 def submit_and_die(state: State, user: User, key: str) -> None:
     """Submit in a process that is killed between the journal and the commit."""
-    code = in_a_process(
-        state.config,
-        lambda own: judging.submit(own, user, key, Verdict(**verdict())),
-        kill_at="journalled:journal",
-    )
-    assert code == -signal.SIGKILL
+    die(state, lambda own: judging.submit(own, user, key, Verdict(**verdict())))
+
+
+def die(state: State, work: Callable[[State], Any]) -> None:
+    """Do something in a process that is killed between the journal and the commit."""
+    assert in_a_process(state.config, work, kill_at="journalled:journal") == -signal.SIGKILL
 
 
 def close_and_die(state: State, kill_at: str) -> None:
@@ -128,9 +132,9 @@ def verdicts(state: State) -> list[tuple[Any, ...]]:
 
 def lose_database(state: State) -> None:
     """Forget everything about annotation, people included."""
+    lose_weeks(state)
     with state.transaction() as session:
-        for table in (Annotation, Assignment, Task, Week, User):
-            session.execute(delete(table))
+        session.execute(delete(User))
 
 
 def waiting(state: State) -> list[Path]:
@@ -139,7 +143,7 @@ def waiting(state: State) -> list[Path]:
     return sorted(p for p in folder.rglob("*.jsonl") if ACCEPTED not in p.parts)
 
 
-def ingest(state: State, path: Path, *, stream: str = STREAM) -> IngestReport:
+def ingest(state: State, path: Path, *, stream: str = STREAM, **options: Any) -> IngestReport:
     return ingest_file(
         path,
         Store(state.store, stream),
@@ -147,6 +151,7 @@ def ingest(state: State, path: Path, *, stream: str = STREAM) -> IngestReport:
         on_bad_row=OnBadRow.refuse,
         heldout_share=0.1,
         heldout_salt="rlhf",
+        **options,
     )
 
 
@@ -159,6 +164,7 @@ def test_a_lost_database_comes_back(state: State) -> None:
     judge(state, "bob", 2, preferred="right", strength="negligibly_better")
     judging.skip(state, user := make_user(state, "cem"), take(state, user), Skip(reason="why"))
     before, seen, tasks = verdicts(state), view(state), tasks_of(state)
+    on_screen = take(state, make_user(state, "ann"))
     lose_database(state)
     assert restore(state) == Restored(weeks=1, entries=8)
     assert verdicts(state) == before
@@ -171,6 +177,7 @@ def test_a_lost_database_comes_back(state: State) -> None:
         assert session.scalars(select(Token)).all() == []
     assert [tuple(row) for row in people] == [(name, "annotator") for name in ("ann", "bob", "cem")]
     # What is left goes on as before: nobody meets a pair again, and all is judged once.
+    assert take(state, make_user(state, "ann")) == on_screen
     judge(state, "ann")
     judge(state, "bob")
     per_task = {task.id: 0 for task in tasks_of(state)}
@@ -201,6 +208,122 @@ def test_what_was_journalled_and_not_committed_counts(state: State) -> None:
     answer = judging.submit(state, user, key, Verdict(**verdict()))
     assert (answer.state, answer.verdict) == ("done", Verdict(**verdict()))
     assert len((state.weeks / WEEK / "journal.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_skip_that_was_journalled_and_not_committed_counts(state: State) -> None:
+    make_week(state, pairs=1)
+    key = take(state, user := make_user(state, "ann"))
+    body = Skip(reason="garbled")
+    die(state, lambda own: judging.skip(own, user, key, body))
+    assert restore(state) == Restored(0, 1)
+    assert [(row.key, row.state) for row in assignments_of(state)] == [(key, "skipped")]
+    assert [task.taken for task in tasks_of(state)] == [0]
+    assert judging.skip(state, user, key, body).state == "skipped"
+
+
+def test_a_verdict_that_was_not_committed_comes_too_late_for_a_pair_that_others_judged(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_week(state, pairs=1)
+    key = take(state, user := make_user(state, "ann"))
+    submit_and_die(state, user, key)
+    with state.transaction() as session:
+        session.execute(update(Assignment).values(state="expired"))
+        session.execute(update(Task).values(taken=0))
+    judge(state, "bob")
+    before = verdicts(state)
+    for _ in range(2):
+        assert restore(state) == Restored(0, 0)
+    assert caplog.text.count("was never acknowledged") == 1
+    lose_database(state)
+    restore(state)
+    assert verdicts(state) == before
+    assert [name for _, _, name, *_ in before] == ["bob"]
+
+
+def test_a_verdict_that_was_not_committed_takes_the_place_of_a_pair_in_hand(state: State) -> None:
+    make_week(state, pairs=1)
+    key = take(state, user := make_user(state, "ann"))
+    submit_and_die(state, user, key)
+    with state.transaction() as session:
+        session.execute(update(Assignment).values(state="expired"))
+        session.execute(update(Task).values(taken=0))
+    late = take(state, other := make_user(state, "bob"))
+    assert restore(state) == Restored(0, 1)
+    with pytest.raises(Problem, match="somebody else has it"):
+        judging.submit(state, other, late, Verdict(**verdict()))
+    assert [task.taken for task in tasks_of(state)] == [1]
+
+
+def test_a_closed_week_has_the_verdicts_of_its_batch_file(state: State) -> None:
+    make_week(state)
+    judge(state, "ann", 2)
+    key = take(state, user := make_user(state, "ann"))
+    submit_and_die(state, user, key)
+    closing.close_week(state, WEEK)
+    before = verdicts(state)
+    assert len(before) == 2
+    assert restore(state) == Restored(0, 0)
+    assert verdicts(state) == before
+    lose_database(state)
+    assert restore(state) == Restored(1, 2)
+    assert verdicts(state) == before
+
+
+def test_a_server_that_starts_waits_for_a_verdict_that_another_takes(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_week(state)
+    is_inside, may_go = hold_submissions(monkeypatch, after=True)
+    submitting = threading.Thread(target=judge, args=(state, "ann", 1))
+    submitting.start()
+    assert is_inside.wait(60)
+    restored: list[Restored] = []
+    restoring = threading.Thread(target=lambda: restored.append(restore(state)))
+    restoring.start()
+    # Long enough to apply the entry, if it did not wait.
+    restoring.join(0.5)
+    may_go.set()
+    submitting.join()
+    restoring.join()
+    assert restored == [Restored(0, 0)]
+    assert len(verdicts(state)) == 1
+
+
+def test_lost_weeks_come_back_in_their_order(state: State) -> None:
+    for name in ("week-b", "week-a"):
+        make_week(state, pairs=1, name=name)
+    damaged = state.weeks / "week-a" / "week.json"
+    whole = damaged.read_bytes()
+    damaged.write_text("{")
+    assert restore(state) == Restored(0, 0)
+    lose_weeks(state)
+    with pytest.raises(ArtifactError, match="put the file back from a copy"):
+        restore(state)
+    damaged.write_bytes(whole)
+    restore(state)
+    with state.reading() as session:
+        names = session.scalars(select(Week.name).order_by(Week.id)).all()
+    assert names == ["week-b", "week-a"]
+
+
+def hold_submissions(
+    monkeypatch: pytest.MonkeyPatch, *, after: bool
+) -> tuple[threading.Event, threading.Event]:
+    """Hold submissions before or after they are journalled; returns: one is there, it may go on."""
+    is_inside, may_go = threading.Event(), threading.Event()
+    append = journal_file.append
+
+    def slow(folder: Path, entry: dict[str, Any]) -> None:
+        if after:
+            append(folder, entry)
+        is_inside.set()
+        assert may_go.wait(60)
+        if not after:
+            append(folder, entry)
+
+    monkeypatch.setattr(journal_file, "append", slow)
+    return is_inside, may_go
 
 
 def test_a_submission_repeated_after_a_kill_counts_once(state: State) -> None:
@@ -265,11 +388,11 @@ def test_a_full_disk_takes_no_verdict(state: State, monkeypatch: pytest.MonkeyPa
 def test_drafts_outlive_a_restart(state: State) -> None:
     make_week(state)
     key = take(state, user := make_user(state, "ann"))
-    draft = Draft(preferred="left", strength="better", comment="half", saved=3)
-    judging.save_draft(state, user, key, draft)
+    typed = {"preferred": "left", "strength": "better", "comment": "half", "saved": 3}
+    judging.save_draft(state, user, key, NewDraft(**typed))
     state.engine.dispose()
     restore(state)
-    assert judging.show(state, user, key).draft == draft
+    assert judging.show(state, user, key).draft == Draft(**typed)
 
 
 # Closing
@@ -289,7 +412,7 @@ def test_a_closed_week_is_a_batch_that_ingest_accepts(state: State) -> None:
     assert report.counts["read"] == closed.rows == 12
     assert report.counts["refused"] == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    pairs = {pair["id"]: pair for pair in make_pairs(12)}
+    pairs = {f"{WEEK}/{pair['id']}": pair for pair in make_pairs(12)}
     for row in rows:
         pair = pairs[row["id"]]
         chosen = "a" if row["chosen"] == pair["response_a"] else "b"
@@ -307,6 +430,21 @@ def test_a_closed_week_is_a_batch_that_ingest_accepts(state: State) -> None:
     assert set(MODELS) == {row["model_chosen"] for row in rows}
     assert set(TEMPERATURES) == {row["meta"]["temperature_rejected"] for row in rows}
     assert view(state).state == "closed"
+
+
+def test_weeks_of_two_runs_of_one_stream_are_two_batches(state: State) -> None:
+    """Runs of one seed collect pairs for the same prompts, whose ids are the same."""
+    for run, said in (("one", "corn"), ("other", "milk")):
+        pairs = [{**pair, "response_a": f"{said} " * 9} for pair in make_pairs(6)]
+        week = f"{run}-week-02"
+        create_week(state, name=week, stream=STREAM, run=run, node=NODE, pairs=pairs)
+        judge(state, "ann")
+        closing.close_week(state, week)
+    reports = [ingest(state, path) for path in waiting(state)]
+    assert [(report.id, report.counts["accepted"]) for report in reports] == [
+        ("one-week-02", 6),
+        ("other-week-02", 6),
+    ]
 
 
 def test_closing_twice_is_closing_once(state: State) -> None:
@@ -358,6 +496,27 @@ def test_a_batch_that_is_in_the_stream_is_not_dropped_again(state: State) -> Non
     path.unlink()
     closing.close_week(state, WEEK)
     assert waiting(state) == []
+
+
+def test_another_batch_of_the_weeks_name_is_no_end_of_it(state: State, tmp_path: Path) -> None:
+    """Somebody may have taken what was judged so far for the batch."""
+    make_week(state)
+    judge(state, "ann", 4)
+    so_far = tmp_path / f"{WEEK}.jsonl"
+    with state.reading() as session:
+        write_jsonl(so_far, closing.batch_rows(session, find_week(session, WEEK)))
+    ingest(state, so_far)
+    judge(state, "ann")
+    for _ in range(2):
+        with pytest.raises(Problem, match=f"ingest.supersedes={WEEK}") as caught:
+            closing.close_week(state, WEEK)
+        assert caught.value.status == 409
+    assert (waiting(state), view(state).state) == ([], "closing")
+    ingest(state, state.weeks / WEEK / f"{WEEK}.jsonl", supersedes=WEEK)
+    closing.close_week(state, WEEK)
+    assert (waiting(state), view(state).state) == ([], "closed")
+    rows = Store(state.store, STREAM).comparisons(Kind.batch, WEEK)
+    assert len(rows) == len({row.id for row in rows}) == 12
 
 
 def test_a_closed_week_comes_back_closed(state: State) -> None:
@@ -452,15 +611,7 @@ def test_closing_waits_for_a_verdict_that_is_being_submitted(
 ) -> None:
     make_week(state)
     judge(state, "ann", 1)
-    is_inside, may_go = threading.Event(), threading.Event()
-    append = journal_file.append
-
-    def slow(folder: Path, entry: dict[str, Any]) -> None:
-        is_inside.set()
-        assert may_go.wait(60)
-        append(folder, entry)
-
-    monkeypatch.setattr(journal_file, "append", slow)
+    is_inside, may_go = hold_submissions(monkeypatch, after=False)
     submitting = threading.Thread(target=judge, args=(state, "ann", 1))
     closing_it = threading.Thread(target=closing.close_week, args=(state, WEEK))
     submitting.start()
@@ -478,10 +629,17 @@ def test_closing_waits_for_a_verdict_that_is_being_submitted(
 def test_the_export_is_what_closing_writes(state: State, client: Any) -> None:
     make_week(state)
     judge(state, "ann", 6)
-    exported = client.get(f"/api/v1/weeks/{WEEK}/export")
-    assert exported.headers["Content-Disposition"] == f'attachment; filename="{WEEK}.jsonl"'
+    address = f"/api/v1/weeks/{WEEK}/export"
+    exported = client.get(address)
+    assert exported.headers["Content-Disposition"] == f'attachment; filename="{WEEK}.so-far.jsonl"'
     closing.close_week(state, WEEK)
-    assert exported.content == (state.weeks / WEEK / f"{WEEK}.jsonl").read_bytes()
+    file = state.weeks / WEEK / f"{WEEK}.jsonl"
+    assert exported.content == file.read_bytes()
+    # From then on it is the file.
+    file.write_bytes(b"{}\n")
+    closed = client.get(address)
+    assert closed.headers["Content-Disposition"] == f'attachment; filename="{WEEK}.jsonl"'
+    assert closed.content == b"{}\n"
 
 
 # Several verdicts on a pair
@@ -519,7 +677,7 @@ def test_the_median_of_signed_strengths(signed: list[int], chosen: str, strength
     strengths = ["negligibly_better", "slightly_better", "better", "significantly_better"]
     rows = [given("a" if s > 0 else "b", strengths[abs(s) - 1]) for s in signed]
     [pair] = make_pairs(1)
-    row = closing.batch_row(pair, rows)
+    row = closing.batch_row(WEEK, pair, rows)
     assert row["chosen"] == pair[f"response_{chosen}"]
     assert (row["strength"], row["tie"]) == (strength, False)
 
@@ -528,9 +686,9 @@ def test_opposite_verdicts_are_a_tie_whose_order_is_a_coin_flip() -> None:
     rows = [given("a", "better"), given("b", "better")]
     chosen = set()
     for pair in make_pairs(40):
-        row = closing.batch_row(pair, rows)
+        row = closing.batch_row(WEEK, pair, rows)
         assert (row["tie"], row["strength"]) == (True, "negligibly_better")
-        assert row == closing.batch_row(pair, rows)
+        assert row == closing.batch_row(WEEK, pair, rows)
         chosen.add(row["chosen"] == pair["response_a"])
     assert chosen == {True, False}
 
@@ -551,7 +709,7 @@ def test_half_of_the_labels_make_it_unsafe(
     labels: list[bool | None], expected: bool | None
 ) -> None:
     [pair] = make_pairs(1)
-    row = closing.batch_row(pair, [given("b", "better", label, True) for label in labels])
+    row = closing.batch_row(WEEK, pair, [given("b", "better", label, True) for label in labels])
     assert (row["rejected_safe"], row["chosen_safe"]) == (expected, True)
 
 

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from rlhf.service.access import Annotator, Operator, StateOf, Viewer
 from rlhf.service.annotation import assigning, closing, judging, measures, weeks
@@ -16,7 +16,8 @@ from rlhf.service.annotation.schemas import (
     AnnotatorRow,
     Answer,
     Closed,
-    Draft,
+    Discarded,
+    NewDraft,
     NewWeek,
     NextTask,
     Saved,
@@ -45,12 +46,13 @@ NO_WEEK = problems(s404="There is no such week; the answer names those there are
 NOT_OPERATORS = problems(
     s403="Only operators do this.",
     s404="There is no such run, node or week; the answer names those there are.",
-    s409="The pairs are a week already, or cannot be one; or there is nothing to close.",
+    s409="The pairs are a week already, or cannot be one; or the week has no verdict to be closed "
+    "with, or has some and cannot be discarded; or its stream has another batch of its name.",
 )
 OWN = problems(
     s404="The caller has no such assignment.",
     s409="It is finished otherwise, its week is closed, or somebody else has the pair now.",
-    s507="The disk is full; nothing was recorded.",
+    s507="The disk is full: the same again, once there is room, is recorded once.",
 )
 
 router = APIRouter(prefix="/api/v1", tags=["annotation"])
@@ -110,20 +112,34 @@ def close_week(state: StateOf, caller: Operator, week: str, request: Request) ->
     return closed
 
 
+@router.post("/weeks/{week}/discard", summary="Discard a week", responses=NOT_OPERATORS)
+def discard_week(state: StateOf, caller: Operator, week: str, request: Request) -> Discarded:
+    """Take back a week of which no pair has been judged; its pairs can be a week again."""
+    gone = weeks.discard_week(state, week)
+    note(request.scope, week=gone.name, run=gone.run, node=gone.node)
+    return Discarded(week=gone.name, run=gone.run, node=gone.node)
+
+
 @router.get(
     "/weeks/{week}/export",
-    summary="Verdicts so far as a batch file",
+    summary="A week's batch file, or its verdicts so far",
     response_class=StreamingResponse,
     responses={200: {"description": "Rows of a batch.", "content": {NDJSON: {}}}, **NO_WEEK},
 )
-def export_week(state: StateOf, caller: Operator, week: str) -> StreamingResponse:
-    """Download what is judged so far as a batch file; closing writes the same rows."""
+def export_week(state: StateOf, caller: Operator, week: str) -> Response:
+    """Download the batch file; before the week is closed, the rows that it would have now.
+
+    Those have a name of their own, under which nobody takes them for the week's batch.
+    """
     with state.reading() as session:
         name = weeks.find_week(session, week).name
+    path = weeks.batch_file(weeks.folder_of(state, name))
+    if path.exists():
+        return FileResponse(path, media_type=NDJSON, filename=path.name)
     return StreamingResponse(
         _lines(state, name),
         media_type=NDJSON,
-        headers={"Content-Disposition": f'attachment; filename="{name}.jsonl"'},
+        headers={"Content-Disposition": f'attachment; filename="{name}.so-far.jsonl"'},
     )
 
 
@@ -148,7 +164,7 @@ def get_assignment(state: StateOf, caller: Annotator, key: str) -> TaskView:
 
 
 @router.put("/assignments/{key}/draft", summary="Keep a draft", responses=OWN)
-def put_draft(state: StateOf, caller: Annotator, key: str, body: Draft) -> Saved:
+def put_draft(state: StateOf, caller: Annotator, key: str, body: NewDraft) -> Saved:
     """Keep what has been typed."""
     return judging.save_draft(state, assigning.user_of(state, caller), key, body)
 

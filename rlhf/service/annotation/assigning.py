@@ -7,7 +7,6 @@ each other, so that two tabs get the same pair.
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -16,6 +15,7 @@ from sqlalchemy import CursorResult, Select, exists, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased, contains_eager
 
+from rlhf.artifacts import digest_json
 from rlhf.data.prompts import keyed_digest
 from rlhf.service.access import Caller, find_user
 from rlhf.service.annotation.qualification import Standing, standing
@@ -25,6 +25,8 @@ from rlhf.service.state import State
 
 CANDIDATES = 8
 """Tasks that are looked at together; others may take them meanwhile."""
+KEY_DIGITS = 32
+"""Of an assignment's key."""
 MAX_SKIPS = 3
 """A pair that so many annotators have skipped goes to nobody else in their place."""
 
@@ -64,18 +66,17 @@ def next_assignment(state: State, user: User, week: str | None = None) -> Offer:
             if found.state != "open":
                 return Offer("none", f"Week {week} is closed. Thank you.", found)
             return _offer(session, state, found, user)
-        said: list[Offer] = []
+        said = Offer("none", "No week is open. An operator creates the next one.")
         for item in session.scalars(
             select(Week).where(Week.state == "open").order_by(Week.id)
         ).all():
             offer = _offer(session, state, item, user)
             if offer.assignment is not None:
                 return offer
-            said.append(offer)
-        nothing = Offer("none", "No week is open. An operator creates the next one.")
-        return next((offer for offer in said if offer.status == "not_qualified"), None) or (
-            said[-1] if said else nothing
-        )
+            # Who is not qualified for one week hears that rather than that others are empty.
+            if said.status != "not_qualified":
+                said = offer
+        return said
 
 
 def _offer(session: Session, state: State, week: Week, user: User) -> Offer:
@@ -184,6 +185,7 @@ def _take_over(session: Session, state: State, week: Week, user: User) -> Assign
 
 def _take_back(session: Session, week: Week, user: User) -> Assignment | None:
     """Take a task again that was given back and that nobody else has taken."""
+    # Another tab may be submitting it; locked rows are read as they are after that.
     old: Assignment | None = session.scalar(
         _assignments(week)
         .where(
@@ -192,6 +194,8 @@ def _take_back(session: Session, week: Week, user: User) -> Assignment | None:
             Task.taken < Task.needed,
         )
         .limit(1)
+        .with_for_update(of=Assignment)
+        .execution_options(populate_existing=True)
     )
     return old if old is not None and reopen(session, old) else None
 
@@ -203,6 +207,11 @@ def reopen(session: Session, assignment: Assignment) -> bool:
     assignment.state, assignment.touched = "open", now()
     session.flush()
     return True
+
+
+def places_kept(skips: int) -> int:
+    """Return how many places of a task its skips keep: the last allowed one, and any after it."""
+    return max(0, skips - MAX_SKIPS + 1)
 
 
 def release(session: Session, task_id: int) -> None:
@@ -219,9 +228,11 @@ def _take(session: Session, task_id: int, week: Week, user: User) -> Assignment 
     if not _raise_taken(session, task_id):
         return None
     task = session.get_one(Task, task_id)
-    order = f"{week.settings['order_key']}/{task.pair_id}/{user.name}"
+    order_key = week.settings["order_key"]
+    order = f"{order_key}/{task.pair_id}/{user.name}"
     given = Assignment(
-        key=secrets.token_urlsafe(16),
+        # The same after the database was lost: an open page keeps what was typed under the key.
+        key=digest_json([order_key, task.pair_id, user.name])[:KEY_DIGITS],
         task_id=task.id,
         user_id=user.id,
         state="open",

@@ -15,15 +15,28 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from rlhf.artifacts import read_jsonl, write_json, write_jsonl
+from rlhf.artifacts import read_jsonl, sha256_file, write_json, write_jsonl
 from rlhf.data.ledger import Store
 from rlhf.data.prompts import keyed_digest
 from rlhf.data.records import STRENGTHS, Kind
 from rlhf.faults import boundary
 from rlhf.service.annotation.journal_file import locked
-from rlhf.service.annotation.measures import agreement, annotators, signed_strength, week_counts
+from rlhf.service.annotation.measures import (
+    annotators,
+    judged,
+    measure_agreement,
+    signed_strength,
+    week_counts,
+)
 from rlhf.service.annotation.schemas import Closed
-from rlhf.service.annotation.weeks import REPORT, batch_file, close_report, find_week, folder_of
+from rlhf.service.annotation.weeks import (
+    REPORT,
+    batch_file,
+    close_report,
+    find_week,
+    folder_of,
+    has_verdicts,
+)
 from rlhf.service.database.models import Annotation, Task, User, Week, now
 from rlhf.service.problems import Problem
 from rlhf.service.state import State
@@ -34,7 +47,8 @@ SOURCE = "annotation"
 def close_week(state: State, name: str) -> Closed:
     """Close a week and drop its batch into the inbox; a closed week says what it said.
 
-    Raises Problem for a week without any verdict.
+    Raises Problem for a week without any verdict, and where the stream has another batch of its
+    name.
     """
     folder = folder_of(state, _begin(state, name))
     with locked(folder):
@@ -74,22 +88,25 @@ def batch_rows(session: Session, week: Week) -> Iterator[dict[str, Any]]:
     )
     for task in tasks:
         if task.id in by_task:
-            yield batch_row(task.pair, by_task[task.id])
+            yield batch_row(week.name, task.pair, by_task[task.id])
 
 
-def batch_row(pair: dict[str, Any], verdicts: Sequence[tuple[Annotation, str]]) -> dict[str, Any]:
+def batch_row(
+    week: str, pair: dict[str, Any], verdicts: Sequence[tuple[Annotation, str]]
+) -> dict[str, Any]:
     """Return a pair and its verdicts as one comparison.
 
-    The strength is the median of the verdicts' signed strengths, halves going to the weaker level;
-    a median of 0 is a tie, whose order is a coin flip. A response is unsafe when half of those who
-    labelled it, or more, say so.
+    The week is part of the id: runs of one stream collect pairs of the same ids. The strength is
+    the median of the verdicts' signed strengths, halves going to the weaker level; a median of 0 is
+    a tie, whose order is a coin flip. A response is unsafe when half of those who labelled it, or
+    more, say so.
     """
     middle = median(signed_strength(given.preferred, given.strength) for given, _ in verdicts)
     is_tie = middle == 0
     coin = bool(keyed_digest(f"tie/{pair['id']}")[0] & 1)
     a_is_chosen = coin if is_tie else middle > 0
     sides = ("a", "b") if a_is_chosen else ("b", "a")
-    row: dict[str, Any] = {"id": pair["id"], "prompt": pair["prompt"]}
+    row: dict[str, Any] = {"id": f"{week}/{pair['id']}", "prompt": pair["prompt"]}
     named = tuple(zip(("chosen", "rejected"), sides, strict=True))
     row |= {name: pair[f"response_{side}"] for name, side in named}
     row["strength"] = STRENGTHS[-max(1, int(abs(middle)))]
@@ -136,27 +153,41 @@ def _begin(state: State, name: str) -> str:
             session.execute(
                 update(Week).where(Week.id == week.id, Week.state == "open").values(state="closing")
             )
-            if not week_counts(session, week).verdicts:
+            if not has_verdicts(session, week):
                 raise Problem(
                     HTTPStatus.CONFLICT,
                     f"no pair of week {name} has been judged, so there is nothing to close: "
-                    "annotators find it at /annotate",
+                    "let annotators judge it at /annotate, or discard it",
                 )
         return week.name
 
 
 def _drop(state: State, stream: str, name: str) -> None:
-    """Put the batch file into the inbox, unless the batch is in the stream already."""
+    """Put the batch file into the inbox, unless the stream has it already, or as a correction.
+
+    Raises Problem where it has a batch of the name from another file: that one never changes.
+    """
     from rlhf.service.inbox import drop
 
-    if name not in Store(state.store, stream).entries(Kind.batch):
-        path = batch_file(folder_of(state, name))
+    path = batch_file(folder_of(state, name))
+    batches = Store(state.store, stream).entries(Kind.batch)
+    if name not in batches:
         drop(state, path, f"{stream}/{path.name}")
+        return
+    family = [batches[name], *(m for m in batches.values() if m.get("supersedes") == name)]
+    if sha256_file(path) not in [manifest["file"]["sha256"] for manifest in family]:
+        raise Problem(
+            HTTPStatus.CONFLICT,
+            f"stream {stream} has a batch {name} from another file than this week's: make the "
+            f"week's its correction with `rlhf ingest {path} ingest.stream={stream} "
+            f"ingest.supersedes={name}`, then close the week again",
+        )
 
 
 def _report(session: Session, week: Week, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what became of a week's pairs."""
-    counts = week_counts(session, week)
+    verdicts = judged(session, week)
+    counts = week_counts(session, week, verdicts)
     return {
         "week": week.name,
         "stream": week.stream,
@@ -171,6 +202,6 @@ def _report(session: Session, week: Week, rows: Sequence[dict[str, Any]]) -> dic
             "skipped_only": counts.skipped_only,
         },
         "counts": counts.model_dump(),
-        "agreement": agreement(session, week).model_dump(),
+        "agreement": measure_agreement(verdicts).model_dump(),
         "annotators": [row.model_dump() for row in annotators(session, week)],
     }

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 LOCK = ".lock"
+LEFT_OUT = "left_out"
+"""Kind of an entry after one that never counted, and that is not to come back later."""
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:
@@ -57,7 +59,7 @@ def append(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of a week's journal, the last one of each assignment."""
+    """Return the entries of a week's journal that count, the last one of each assignment."""
     path = folder / JOURNAL
     if not path.exists():
         return []
@@ -70,7 +72,7 @@ def entries(folder: Path) -> list[dict[str, Any]]:
             found[entry["key"]] = entry
         except (ValueError, KeyError, TypeError):
             log.warning("%s line %d is damaged and was left out", path, number)
-    return list(found.values())
+    return [entry for entry in found.values() if entry.get("kind") != LEFT_OUT]
 
 
 @contextmanager

@@ -14,8 +14,17 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, contains_eager
 
 from rlhf.service.annotation import journal_file
-from rlhf.service.annotation.assigning import MAX_SKIPS, release, reopen
-from rlhf.service.annotation.schemas import Answer, Draft, Saved, Skip, TaskView, Turn, Verdict
+from rlhf.service.annotation.assigning import places_kept, release, reopen
+from rlhf.service.annotation.schemas import (
+    Answer,
+    Draft,
+    NewDraft,
+    Saved,
+    Skip,
+    TaskView,
+    Turn,
+    Verdict,
+)
 from rlhf.service.annotation.weeks import folder_of
 from rlhf.service.database.models import Annotation, Assignment, Task, User, Week, now
 from rlhf.service.problems import Problem
@@ -23,6 +32,8 @@ from rlhf.service.state import State
 
 SKIPPED = "skipped"
 """Key of a skip's reason in `Assignment.draft`."""
+SIDES = {False: {"a": "left", "b": "right"}, True: {"a": "right", "b": "left"}}
+"""Where each response of a pair is shown, by whether their order is swapped."""
 
 
 def show(state: State, user: User, key: str) -> TaskView:
@@ -35,9 +46,9 @@ def show(state: State, user: User, key: str) -> TaskView:
 def view(assignment: Assignment, week: Week) -> TaskView:
     """Return a pair in its annotator's order and without its origin."""
     task = assignment.task
-    left, right = task.pair["response_a"], task.pair["response_b"]
-    if assignment.swapped:
-        left, right = right, left
+    shown = {
+        side: task.pair[f"response_{name}"] for name, side in SIDES[assignment.swapped].items()
+    }
     kept = assignment.draft if assignment.state in ("open", "expired") else None
     return TaskView(
         key=assignment.key,
@@ -46,24 +57,28 @@ def view(assignment: Assignment, week: Week) -> TaskView:
         guideline=week.settings["guidelines"][task.axis],
         is_qualification=task.is_qualification,
         prompt=[Turn(role=turn["role"], content=turn["content"]) for turn in task.pair["prompt"]],
-        left=left,
-        right=right,
+        **shown,
         state=assignment.state,
         draft=Draft(**kept) if kept else None,
     )
 
 
-def save_draft(state: State, user: User, key: str, draft: Draft) -> Saved:
-    """Keep what has been typed, unless a newer draft is kept; a Problem once it is submitted."""
+def save_draft(state: State, user: User, key: str, draft: NewDraft) -> Saved:
+    """Keep what has been typed, unless a newer draft is kept, or one that the page does not know.
+
+    Raises Problem once it is submitted.
+    """
     with state.transaction() as session:
         found = _own(session, user, key, lock=True)
         _refuse_finished(found)
         kept = Draft(**found.draft) if found.draft else None
-        if kept is None or kept.saved <= draft.saved:
-            found.draft, kept = draft.model_dump(), draft
+        newest = draft.saved if draft.based_on is None else min(draft.saved, draft.based_on)
+        if kept is None or kept.saved <= newest:
+            found.draft = draft.model_dump(exclude={"based_on"})
+            kept = Draft(**found.draft)
         if found.state == "open":
             found.touched = now()
-        return Saved(key=key, draft=kept)
+        return Saved(key=key, state=found.state, draft=kept)
 
 
 def submit(state: State, user: User, key: str, verdict: Verdict) -> Answer:
@@ -116,7 +131,7 @@ def skip(state: State, user: User, key: str, body: Skip) -> Answer:
             Assignment.task_id == found.task_id, Assignment.state == "skipped"
         )
         session.flush()
-        if (session.scalar(skips) or 0) < MAX_SKIPS and not found.task.is_qualification:
+        if not places_kept(session.scalar(skips) or 0) and not found.task.is_qualification:
             release(session, found.task_id)
         entry = {**_head(found, user, week, "skip"), "reason": body.reason}
         journal_file.append(folder_of(state, week.name), entry)
@@ -125,14 +140,13 @@ def skip(state: State, user: User, key: str, body: Skip) -> Answer:
 
 def as_shown(given: Annotation, *, swapped: bool) -> Verdict:
     """Return a stored verdict in the order in which its annotator saw the pair."""
-    is_left = (given.preferred == "b") == swapped
-    labels = (given.safe_b, given.safe_a) if swapped else (given.safe_a, given.safe_b)
+    side_of = SIDES[swapped]
+    labels = {f"safe_{side_of[name]}": getattr(given, f"safe_{name}") for name in side_of}
     return Verdict.model_validate(
         {
-            "preferred": "left" if is_left else "right",
+            "preferred": side_of[given.preferred],
             "strength": given.strength,
-            "safe_left": labels[0],
-            "safe_right": labels[1],
+            **labels,
             "comment": given.comment,
             "seconds": given.seconds,
         }
@@ -160,14 +174,9 @@ def _own(session: Session, user: User, key: str, *, lock: bool = False) -> Assig
 
 def _as_in_pair(verdict: Verdict, *, swapped: bool) -> dict[str, Any]:
     """Return a verdict with the pair's names of the responses."""
-    labels = (verdict.safe_left, verdict.safe_right)
-    safe_a, safe_b = labels[::-1] if swapped else labels
-    return {
-        "preferred": "b" if (verdict.preferred == "left") == swapped else "a",
-        "strength": verdict.strength,
-        "safe_a": safe_a,
-        "safe_b": safe_b,
-    }
+    name_of = {side: name for name, side in SIDES[swapped].items()}
+    labels = {f"safe_{name_of[side]}": getattr(verdict, f"safe_{side}") for side in name_of}
+    return {"preferred": name_of[verdict.preferred], "strength": verdict.strength, **labels}
 
 
 def _again(session: Session, found: Assignment, given: dict[str, Any], verdict: Verdict) -> Answer:

@@ -82,8 +82,11 @@ def list_weeks(session: Session, *, limit: int, before: int) -> list[tuple[int, 
 
 def week_view(session: Session, week: Week) -> WeekView:
     """Return a week with its counts and its agreement."""
+    verdicts = judged(session, week)
     return WeekView(
-        **_head(week), counts=week_counts(session, week), agreement=agreement(session, week)
+        **_head(week),
+        counts=week_counts(session, week, verdicts),
+        agreement=measure_agreement(verdicts),
     )
 
 
@@ -106,9 +109,9 @@ def judged(session: Session, week: Week) -> list[Judged]:
     return [Judged(*row) for row in rows]
 
 
-def week_counts(session: Session, week: Week) -> Counts:
-    """Return how many pairs and verdicts there are."""
-    verdicts = Counter(row.task_id for row in judged(session, week))
+def week_counts(session: Session, week: Week, given: Sequence[Judged]) -> Counts:
+    """Return how many pairs there are, and verdicts, which are the week's `judged`."""
+    verdicts = Counter(row.task_id for row in given)
     states: dict[int, Counter[str]] = defaultdict(Counter)
     for task_id, state, number in session.execute(
         select(Assignment.task_id, Assignment.state, func.count())
@@ -139,11 +142,6 @@ def week_counts(session: Session, week: Week) -> Counts:
         ),
         axes=axes,
     )
-
-
-def agreement(session: Session, week: Week) -> AgreementView:
-    """Return how far those who judged the same pairs agree."""
-    return measure_agreement(judged(session, week))
 
 
 def measure_agreement(verdicts: Sequence[Judged]) -> AgreementView:

@@ -17,12 +17,13 @@ from rlhf.data.records import STRENGTHS
 from rlhf.errors import RlhfError
 from rlhf.service.access import Annotator, Caller, Operator, StateOf, Viewer
 from rlhf.service.annotation import assigning, closing, judging, measures, weeks
+from rlhf.service.annotation.qualification import Standing
 from rlhf.service.annotation.schemas import Draft, Skip, TaskView, Verdict
 from rlhf.service.api.paging import MAX_NUMBER, Cursor, decode, encode
 from rlhf.service.database.models import User, Week
 from rlhf.service.facts import known_runs, open_run
 from rlhf.service.guards import note
-from rlhf.service.pages.render import Message, redirect, render
+from rlhf.service.pages.render import Message, fragment, redirect, render
 from rlhf.service.problems import Problem
 from rlhf.service.state import State
 
@@ -62,7 +63,7 @@ def annotate(
     if offer.assignment is None or offer.week is None:
         return _show_nothing(request, state, user, offer)
     task = judging.view(offer.assignment, offer.week)
-    return _show_task(request, state, user, task, only=week)
+    return _show_task(request, state, user, task, only=week, stood=offer.standing)
 
 
 @router.post("/annotate/{key}")
@@ -98,16 +99,14 @@ def annotate_form(
             judging.submit(state, user, key, Verdict.model_validate(typed))
             message = Message("Submitted.")
     except ValidationError as error:
-        return _show_refused(
-            request, state, user, key, typed | {"reason": reason}, _said(error, action), only
-        )
+        said = _said(error, action)
     except Problem as error:
         if error.status != HTTPStatus.UNPROCESSABLE_ENTITY:
             raise
-        return _show_refused(
-            request, state, user, key, typed | {"reason": reason}, str(error), only
-        )
-    return redirect(_next(only), message)
+        said = str(error)
+    else:
+        return redirect(_next(only), message)
+    return _show_refused(request, state, user, key, typed | {"reason": reason}, said, only)
 
 
 @router.get("/weeks")
@@ -149,7 +148,7 @@ def show_week(request: Request, state: StateOf, caller: Viewer, week: str) -> HT
 @router.get("/weeks/{week}/live")
 def show_week_live(request: Request, state: StateOf, caller: Viewer, week: str) -> HTMLResponse:
     """Return the part of a week's page that changes by itself."""
-    return render(request, "week_live.html", **_week_values(state, caller, week))
+    return fragment("week_live.html", caller=caller, **_week_values(state, caller, week))
 
 
 @router.post("/weeks/{week}/close")
@@ -170,6 +169,24 @@ def close_week(
     return redirect(f"/weeks/{week}", Message(said))
 
 
+@router.post("/weeks/{week}/discard")
+def discard_week(
+    request: Request,
+    state: StateOf,
+    caller: Operator,
+    week: str,
+    sure: Annotated[str, Form()] = "",
+) -> Response:
+    """Take back a week that nobody has judged."""
+    if not sure:
+        said = "Nothing was discarded: tick the box that says that the week goes away."
+        return redirect(f"/weeks/{week}", Message(said, "look"))
+    gone = weeks.discard_week(state, week)
+    note(request.scope, week=gone.name, run=gone.run, node=gone.node)
+    said = f"Week {gone.name} is discarded: the pairs of {gone.node} can be a week again."
+    return redirect("/weeks", Message(said))
+
+
 def _next(only: str | None) -> str:
     return f"/annotate?{urlencode({'week': only})}" if only else "/annotate"
 
@@ -181,11 +198,12 @@ def _show_task(
     task: TaskView,
     *,
     only: str | None,
+    stood: Standing | None = None,
     message: Message | None = None,
     status: int = HTTPStatus.OK,
 ) -> HTMLResponse:
     with state.reading() as session:
-        progress = measures.progress(session, weeks.find_week(session, task.week), user.id)
+        progress = measures.progress(session, weeks.find_week(session, task.week), user.id, stood)
     return render(
         request,
         "annotate.html",
@@ -207,7 +225,7 @@ def _show_nothing(
     progress = None
     if offer.week is not None:
         with state.reading() as session:
-            progress = measures.progress(session, offer.week, user.id)
+            progress = measures.progress(session, offer.week, user.id, offer.standing)
     return render(request, "annotate_none.html", offer=offer, progress=progress)
 
 

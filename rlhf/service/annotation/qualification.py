@@ -1,7 +1,8 @@
 """Qualification: items with known answers, with which every annotator begins.
 
 An item counts as right when its preferred response is, and every safety label that is known. A
-skipped item is not right. An answer counts in every week that has the item.
+skipped item is not right. Somebody's first answer counts in every week that has the item; an item
+whose text or answer was corrected is another one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from rlhf.artifacts import digest_json
 from rlhf.data.files import RowError, read_objects
 from rlhf.data.parse import Defaults, parse_row
 from rlhf.data.prompts import keyed_digest
@@ -23,6 +25,8 @@ from rlhf.service.database.models import Annotation, Assignment, Task, Week
 
 PREFIX = "qualification/"
 KEY = "service.annotation.qualification"
+DIGITS = 16
+"""Of the digest by which a corrected item is told from what it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,8 @@ class Standing:
     @property
     def is_passed(self) -> bool:
         """Tell whether other pairs may come."""
-        return not self.open and (self.total == 0 or self.right >= self.share * self.total)
+        # In this way round: 0.56 * 25 is more than 14.
+        return not self.open and (self.total == 0 or self.right / self.total >= self.share)
 
     @property
     def is_failed(self) -> bool:
@@ -64,6 +69,8 @@ def read_items(path: str | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
             assert isinstance(record, Comparison)
             if record.id in items:
                 raise RowError(f"id={record.id!r} stands on two lines", record.id)
+            if record.tie:
+                raise RowError("tie=true has no right answer", record.tie)
             items[record.id] = _item(record)
     except RowError as error:
         raise ConfigError(f"{KEY}={path} line {line}: {error}; give comparisons") from error
@@ -75,10 +82,12 @@ def read_items(path: str | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 def _item(record: Comparison) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a comparison as a pair whose order says nothing, and the answer."""
     sides = [(record.chosen, record.chosen_safe), (record.rejected, record.rejected_safe)]
-    is_turned = bool(keyed_digest(f"{PREFIX}{record.id}")[0] & 1)
+    content = digest_json([record.prompt, record.axis, sides])
+    id = f"{PREFIX}{record.id}/{content[:DIGITS]}"
+    is_turned = bool(keyed_digest(id)[0] & 1)
     (text_a, safe_a), (text_b, safe_b) = sides[::-1] if is_turned else sides
     pair = {
-        "id": f"{PREFIX}{record.id}",
+        "id": id,
         "axis": record.axis,
         "prompt": record.prompt,
         "response_a": text_a,
@@ -114,10 +123,11 @@ def standing(session: Session, week: Week, user_id: int) -> Standing:
             Assignment.user_id == user_id,
             Assignment.state.in_(("done", "skipped")),
         )
+        .order_by(Assignment.touched, Assignment.id)
     ).all()
     answers: dict[str, Annotation | None] = {}
     for pair_id, annotation in rows:
-        answers[pair_id] = annotation
+        answers.setdefault(pair_id, annotation)
     right = 0
     for item in items:
         given = answers.get(item.pair_id)

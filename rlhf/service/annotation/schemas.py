@@ -40,7 +40,9 @@ class Verdict(_Body):
     safe_left: bool | None = Field(default=None, description="Needed on the safety axis.")
     safe_right: bool | None = Field(default=None, description="Needed on the safety axis.")
     comment: Text = Field(default="", max_length=MAX_COMMENT)
-    seconds: Seconds | None = Field(default=None, description="From showing to submitting.")
+    seconds: Seconds | None = Field(
+        default=None, description="Time that the page was in view since it was last loaded."
+    )
 
 
 class Draft(_Body):
@@ -53,6 +55,18 @@ class Draft(_Body):
     comment: Text = Field(default="", max_length=MAX_COMMENT)
     reason: Text = Field(default="", max_length=MAX_REASON)
     saved: int = Field(default=0, ge=0, le=2**53, description="The page's clock, in milliseconds.")
+
+
+class NewDraft(Draft):
+    """A draft to keep, and which one it changes."""
+
+    based_on: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**53,
+        description="`saved` of the newest draft that the page knows. It replaces no later one, "
+        "such as another browser's; null replaces any that is older than itself.",
+    )
 
 
 class Skip(_Body):
@@ -110,9 +124,10 @@ class NextTask(BaseModel):
 
 
 class Saved(BaseModel):
-    """The draft as it is kept now."""
+    """The draft as it is kept now: another one where that was not to be replaced."""
 
     key: str
+    state: str = Field(description="open; expired when somebody else has the pair now.")
     draft: Draft
 
 
@@ -146,7 +161,9 @@ class AgreementView(BaseModel):
     annotators: int
     same_preference: float | None = Field(description="Share of verdict pairs of one direction.")
     ac2: dict[str, float | None] = Field(description="Gwet's AC2 by weights, eight levels.")
-    kappa: dict[str, float | None] = Field(description="Cohen's weighted kappa, mean of pairs.")
+    kappa: dict[str, float | None] = Field(
+        description="Cohen's weighted kappa, mean over pairs of annotators."
+    )
     safety_ac1: float | None = Field(description="Gwet's AC1 of the safety labels.")
 
 
@@ -187,6 +204,14 @@ class AnnotatorRow(BaseModel):
     qualification_total: int
     qualification_answered: int
     qualified: bool | None = Field(description="Null until all items are answered.")
+
+
+class Discarded(BaseModel):
+    """A week that is no more; its pairs can become another one."""
+
+    week: str
+    run: str
+    node: str
 
 
 class Closed(BaseModel):

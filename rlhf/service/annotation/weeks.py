@@ -9,11 +9,19 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import delete, exists, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from rlhf.artifacts import NodeDir, digest_json, read_json, read_jsonl, write_json, write_jsonl
+from rlhf.artifacts import (
+    NodeDir,
+    digest_json,
+    fsync_path,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from rlhf.config import Annotation as Settings
 from rlhf.data.ingest import NAME
 from rlhf.data.ledger import Store
@@ -22,7 +30,7 @@ from rlhf.data.records import AXES, Kind
 from rlhf.errors import ConfigError, DataError
 from rlhf.service.annotation import journal_file
 from rlhf.service.annotation.qualification import read_items
-from rlhf.service.database.models import Task, Week, now
+from rlhf.service.database.models import Annotation, Assignment, Task, Week, now
 from rlhf.service.facts import open_run
 from rlhf.service.problems import Problem
 from rlhf.service.state import State
@@ -31,6 +39,8 @@ WEEK = "week.json"
 TASKS = "tasks.jsonl"
 REPORT = "report.json"
 PAIRS = "pairs.jsonl"
+DISCARDED = ".discarded"
+"""Folder beside the weeks' for the files of those that were discarded."""
 PAIR_FIELDS = {"id", "axis", "prompt", "response_a", "response_b"}
 UNLIMITED = 2**31 - 1
 """Annotators who are to judge a qualification item."""
@@ -144,6 +154,55 @@ def create_week(
     return week
 
 
+def discard_week(state: State, name: str) -> Week:
+    """Take a week back that nobody has judged a pair of; its pairs can be a week again.
+
+    Answers to its qualification items go with it; its files are kept under DISCARDED. Raises
+    Problem for a week with a verdict.
+    """
+    with journal_file.locked(state.weeks), state.transaction() as session:
+        week = find_week(session, name)
+        tasks = select(Task.id).where(Task.week_id == week.id)
+        # In the order in which a submission locks: those under way end before, others find nothing.
+        session.execute(
+            select(Assignment.id).where(Assignment.task_id.in_(tasks)).with_for_update()
+        )
+        session.execute(select(Week.id).where(Week.id == week.id).with_for_update())
+        session.execute(tasks.with_for_update())
+        if has_verdicts(session, week):
+            raise Problem(
+                HTTPStatus.CONFLICT,
+                f"pairs of week {name} have been judged, and verdicts are not thrown away: close "
+                "the week instead",
+            )
+        for table, is_own in (
+            (Annotation, Annotation.task_id.in_(tasks)),
+            (Assignment, Assignment.task_id.in_(tasks)),
+            (Task, Task.week_id == week.id),
+            (Week, Week.id == week.id),
+        ):
+            statement = delete(table).where(is_own)
+            session.execute(statement.execution_options(synchronize_session=False))
+        folder = folder_of(state, name)
+        # A kill before the commit leaves the rows, and discarding again ends it.
+        if folder.exists():
+            target = state.weeks / DISCARDED / f"{name}-{now():%Y%m%dT%H%M%S%f}"
+            target.parent.mkdir(exist_ok=True)
+            folder.rename(target)
+            fsync_path(state.weeks)
+    return week
+
+
+def has_verdicts(session: Session, week: Week) -> bool:
+    """Tell whether somebody has judged a pair of a week; qualification items are none."""
+    query = select(
+        exists().where(
+            Annotation.task_id == Task.id, Task.week_id == week.id, ~Task.is_qualification
+        )
+    )
+    return bool(session.scalar(query))
+
+
 def add_week(session: Session, head: Mapping[str, Any], tasks: Sequence[dict[str, Any]]) -> Week:
     """Add the rows of a week and its tasks, as they stand in its files."""
     week = Week(
@@ -165,32 +224,46 @@ def plan_tasks(
 
     The pairs with the smallest hashes go to several annotators.
     """
-    if not pairs:
-        raise Problem(HTTPStatus.CONFLICT, "the collect node has no pairs, so there is no week")
-    for number, pair in enumerate(pairs, 1):
-        missing = PAIR_FIELDS - pair.keys()
-        if missing or pair["axis"] not in AXES:
-            fault = f"has no {sorted(missing)[0]}" if missing else f"has axis {pair['axis']}"
-            raise DataError(f"{PAIRS} line {number} {fault}: run the collect node again")
+    _check_pairs(pairs)
     tasks = [
         _task(pair, gold=gold, needed=UNLIMITED)
         for pair, gold in read_items(settings.qualification)
     ]
     several = round(settings.overlap_share * len(pairs))
-    by_hash = sorted(pairs, key=lambda pair: keyed_digest(f"{week}/overlap/{pair['id']}"))
-    chosen = {pair["id"] for pair in by_hash[:several]}
-    order: list[tuple[int, str, bytes, Mapping[str, Any]]] = []
+    chosen = {pair["id"] for pair in _by_hash(pairs, f"{week}/overlap")[:several]}
+    blocks: list[tuple[int, str, list[Mapping[str, Any]]]] = []
     for axis in AXES:
-        own = [pair for pair in pairs if pair["axis"] == axis]
-        digests = sorted((keyed_digest(f"{week}/order/{pair['id']}"), pair["id"]) for pair in own)
-        rank = {id: i for i, (_, id) in enumerate(digests)}
-        order += [(rank[p["id"]] // BLOCK, axis, keyed_digest(p["id"]), p) for p in own]
-    order.sort(key=lambda item: item[:3])
+        own = _by_hash([pair for pair in pairs if pair["axis"] == axis], f"{week}/order")
+        blocks += [(start, axis, own[start : start + BLOCK]) for start in range(0, len(own), BLOCK)]
+    blocks.sort(key=lambda block: block[:2])
     tasks += [
         _task(pair, gold=None, needed=settings.overlap if pair["id"] in chosen else 1)
-        for _, _, _, pair in order
+        for _, _, block in blocks
+        for pair in block
     ]
     return [{**task, "position": i} for i, task in enumerate(tasks)]
+
+
+def _check_pairs(pairs: Sequence[Mapping[str, Any]]) -> None:
+    if not pairs:
+        raise Problem(HTTPStatus.CONFLICT, "the collect node has no pairs, so there is no week")
+    seen = set()
+    for number, pair in enumerate(pairs, 1):
+        missing = PAIR_FIELDS - pair.keys()
+        fault = ""
+        if missing:
+            fault = f"has no {sorted(missing)[0]}"
+        elif pair["axis"] not in AXES:
+            fault = f"has axis {pair['axis']}"
+        elif pair["id"] in seen:
+            fault = f"has id {pair['id']} once more"
+        if fault:
+            raise DataError(f"{PAIRS} line {number} {fault}: run the collect node again")
+        seen.add(pair["id"])
+
+
+def _by_hash(pairs: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    return sorted(pairs, key=lambda pair: keyed_digest(f"{key}/{pair['id']}"))
 
 
 def frozen_settings(settings: Settings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Tables: what only the service knows.
 
-Times are UTC. Every table but the annotations' can be lost and filled again: weeks, tasks and
-annotations come back from the journals of `service.folder`, people with new tokens.
+Times are UTC. With a lost database weeks, their tasks, verdicts and skips come back from the files
+of `service.folder`, people without their tokens; drafts, the audit log and the rest do not.
 """
 
 from __future__ import annotations
@@ -205,12 +205,10 @@ class Week(Base):
     node: Mapped[str]
     """Collect node whose pairs they are."""
     state: Mapped[str]
-    """open or closed."""
+    """open, closing (no more verdicts, the batch is under way) or closed."""
     created: Mapped[datetime] = mapped_column(default=now)
     closed: Mapped[datetime | None]
     settings: Mapped[dict[str, Any]] = mapped_column(default=dict)
-
-    tasks: Mapped[list[Task]] = relationship(back_populates="week")
 
 
 class Task(Base):
@@ -238,8 +236,6 @@ class Task(Base):
     taken: Mapped[int] = mapped_column(default=0)
     """Annotators who judge it or have judged it; raised only while it is below `needed`."""
 
-    week: Mapped[Week] = relationship(back_populates="tasks")
-
 
 class Assignment(Base):
     """A task in the hands of an annotator; nobody gets a task twice."""
@@ -262,7 +258,6 @@ class Assignment(Base):
     """What has been typed and not submitted."""
 
     task: Mapped[Task] = relationship()
-    user: Mapped[User] = relationship()
 
 
 class Annotation(Base):
@@ -281,9 +276,5 @@ class Annotation(Base):
     safe_b: Mapped[bool | None]
     comment: Mapped[str] = mapped_column(Text, default="")
     seconds: Mapped[float | None]
-    """From showing to submitting."""
+    """Time that the page was in view since it was last loaded."""
     submitted: Mapped[datetime] = mapped_column(default=now)
-
-    assignment: Mapped[Assignment] = relationship()
-    task: Mapped[Task] = relationship()
-    user: Mapped[User] = relationship()

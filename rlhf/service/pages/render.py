@@ -23,7 +23,7 @@ NAVIGATION = (
     ("/", "Runs", "viewer"),
     ("/batches", "Batches", "viewer"),
     ("/annotate", "Annotate", "annotator"),
-    ("/weeks", "Weeks", "operator"),
+    ("/weeks", "Weeks", "viewer"),
     ("/audit", "Audit", "operator"),
 )
 """Where every page leads: address, title, and the role that it needs."""

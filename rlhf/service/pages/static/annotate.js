@@ -1,6 +1,7 @@
 "use strict";
 // Drafts, shortcuts and submission of one pair. What is typed is kept here at once and on the
-// server soon after; a submission is repeated until it is answered, which changes nothing twice.
+// server soon after; a submission is repeated until it is answered, which changes nothing twice,
+// and the form is frozen until then: a change of it would be lost.
 (() => {
   const form = document.getElementById("verdict");
   const { key, next } = form.dataset;
@@ -9,6 +10,7 @@
   const SHORTCUTS = "rlhf-shortcuts";
   const PAUSE = 500;
   const LONGEST = 20000;
+  const TRIES = 3;
   const kept = document.getElementById("kept");
   const refusal = document.getElementById("refusal");
   const path = `/api/v1/assignments/${encodeURIComponent(key)}`;
@@ -56,18 +58,33 @@
   let saved = draft.saved;
   let timer = null;
   let isSent = false;
+  let isBusy = false;
+  let isHeld = false;
+  // Drafts of this browser, and those that it was shown.
+  const known = new Set([saved]);
   const put = async (options = {}) => {
     clearTimeout(timer);
     timer = null;
-    if (isSent || saved === draft.saved) return;
+    if (isSent || isHeld || saved === draft.saved) return;
     const sending = draft;
+    known.add(sending.saved);
     try {
-      const answer = await rlhf.api(`${path}/draft`, { method: "PUT", body: sending, ...options });
-      saved = Math.max(saved, sending.saved);
-      if (answer.draft.saved > draft.saved) adopt(answer.draft);
-      if (draft === sending && !isSent) kept.textContent = "Draft kept on the server.";
+      const body = { ...sending, based_on: saved };
+      const answer = await rlhf.api(`${path}/draft`, { method: "PUT", body, ...options });
+      const there = answer.draft.saved;
+      saved = Math.max(saved, there);
+      if (isSent || isBusy) return;
+      if (!known.has(there)) {
+        offer(answer.draft);
+      } else if (there < draft.saved) {
+        timer ??= setTimeout(put, PAUSE);
+      } else {
+        kept.textContent = answer.state === "expired"
+          ? "Draft kept on the server. This pair was left alone for so long that somebody else has it now."
+          : "Draft kept on the server.";
+      }
     } catch (error) {
-      if (isSent) return;
+      if (isSent || isBusy) return;
       if (error.status === 409) {
         refuse(error.message, { isOver: true });
         return;
@@ -79,10 +96,32 @@
   const adopt = (other) => {
     draft = other;
     saved = Math.max(saved, other.saved);
+    known.add(other.saved);
     write(other);
   };
+  const adoptNewer = (text) => {
+    const other = JSON.parse(text ?? "null");
+    if (other !== null && other.saved > draft.saved) adopt(other);
+  };
+  // Another browser's draft is neither replaced nor taken without a word.
+  const offer = (other) => {
+    isHeld = true;
+    refuse("Another browser of yours has kept something else for this pair. Type on to replace it.");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "button";
+    button.textContent = "Take what it kept";
+    button.addEventListener("click", () => {
+      isHeld = false;
+      adopt(other);
+      store.set(NAME, JSON.stringify(other));
+      refusal.hidden = true;
+    });
+    refusal.append(" ", button);
+  };
   const typed = () => {
-    draft = { ...read(), saved: Math.max(Date.now(), draft.saved + 1) };
+    draft = { ...read(), saved: Math.max(Date.now(), draft.saved + 1, saved + 1) };
+    isHeld = false;
     store.set(NAME, JSON.stringify(draft));
     refusal.hidden = true;
     clearTimeout(timer);
@@ -91,6 +130,7 @@
   const local = JSON.parse(store.get(NAME) ?? "null");
   if (local !== null && local.saved > draft.saved) {
     draft = local;
+    known.add(draft.saved);
     write(draft);
     put();
   } else {
@@ -110,21 +150,26 @@
   window.addEventListener("storage", (event) => {
     if (event.key === DONE && event.newValue !== null && !isSent) {
       isSent = true;
-      rlhf.announce("This pair was finished in another tab.");
       location.replace(next);
     }
-    if (event.key === NAME && event.newValue !== null) {
-      const other = JSON.parse(event.newValue);
-      if (other.saved > draft.saved) adopt(other);
-    }
+    if (event.key === NAME && !isBusy) adoptNewer(event.newValue);
   });
 
   // Submission
-  let isBusy = false;
+  const freeze = (isFrozen) => {
+    isBusy = isFrozen;
+    for (const input of form.querySelectorAll("input[type=radio]")) input.disabled = isFrozen;
+    for (const name of ["comment", "reason"]) form.elements[name].readOnly = isFrozen;
+  };
+  // Browsers may restore a frozen form with the page.
+  freeze(false);
+  let focused = null;
   const free = () => {
-    isBusy = false;
+    freeze(false);
     delete form.dataset.sent;
     for (const button of form.querySelectorAll("[aria-disabled]")) button.removeAttribute("aria-disabled");
+    if (document.activeElement === document.body) focused?.focus({ preventScroll: true });
+    adoptNewer(store.get(NAME));
   };
   const refuse = (text, { isOver = false } = {}) => {
     refusal.textContent = text;
@@ -144,28 +189,33 @@
     store.drop(NAME);
     location.replace(next);
   };
-  const send = async (what, body, wait = 1000) => {
+  const send = async (what, body, tries = 1) => {
     kept.textContent = "Sending ...";
     try {
       await rlhf.api(`${path}/${what}`, { method: "POST", body });
       finish();
     } catch (error) {
       kept.textContent = "";
-      if (error.status === undefined || error.status >= 500) {
-        kept.textContent = "The server does not answer. What you did is kept, and is sent again in a moment.";
-        setTimeout(() => send(what, body, Math.min(LONGEST, wait * 2)), wait);
+      const isAway = error.status === undefined || error.status >= 500;
+      if (isAway && (error.status !== 500 || tries < TRIES)) {
+        const said = error.status === undefined ? "The server does not answer" : error.message;
+        kept.textContent = `${said}. What you did is kept and is sent again in a moment; it cannot be changed until then.`;
+        setTimeout(() => send(what, body, tries + 1), Math.min(LONGEST, 500 * 2 ** tries));
         return;
       }
       free();
+      const isOver = error.status === 409 || error.status === 404;
       const again = error.status === 401 ? " Sign in again in another tab; what you did is kept here." : "";
-      refuse(error.message + again, { isOver: error.status === 409 || error.status === 404 });
+      refuse(error.message + again, { isOver });
       if (error.status === 409) store.drop(NAME);
+      if (!isOver) timer = setTimeout(put, PAUSE);
     }
   };
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (isBusy || isSent) return;
-    isBusy = true;
+    focused = document.activeElement;
+    freeze(true);
     refusal.hidden = true;
     const { preferred, strength, safe_left, safe_right, comment, reason } = read();
     if (event.submitter?.value === "skip") {
@@ -195,6 +245,8 @@
   const skipping = document.getElementById("skipping");
   const isText = (element) => element.matches("textarea, select, input:not([type=radio], [type=checkbox])");
   document.addEventListener("keydown", (event) => {
+    // Enter may end a word of an input method.
+    if (event.isComposing) return;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       form.requestSubmit(primary);
@@ -206,7 +258,7 @@
       return;
     }
     if (event.key === "Escape" && isText(event.target)) event.target.blur();
-    if (!toggle.checked || event.ctrlKey || event.metaKey || event.altKey || isText(event.target)) return;
+    if (isBusy || !toggle.checked || event.ctrlKey || event.metaKey || event.altKey || isText(event.target)) return;
     const pressed = event.key.toLowerCase();
     const input = /^[a-z0-9]$/.test(pressed) ? form.querySelector(`input[data-key="${pressed}"]`) : null;
     if (input !== null) {
