@@ -21,6 +21,7 @@ EXITS = "exits.jsonl"
 PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time_limit", "node_failure"
 OUT_OF_MEMORY, ERROR = "out_of_memory", "error"
 BAD_INPUT, CANCELLED, PARENT_FAILED, STOPPED = "bad_input", "cancelled", "parent_failed", "stopped"
+KILLED = "killed"
 
 REMEDIES: Mapping[str, str] = {
     PREEMPTED: "another job took the machine; it goes on from its checkpoint when it is back",
@@ -34,6 +35,9 @@ REMEDIES: Mapping[str, str] = {
     CANCELLED: "`rlhf launch` starts it again from its checkpoint",
     PARENT_FAILED: "a node before it failed: mend that one, then `rlhf launch` again",
     STOPPED: "`rlhf launch` goes on from its checkpoint",
+    KILLED: "it ended without a word: its process was killed, often for want of memory, or its "
+    "machine stopped; `rlhf launch` goes on from its checkpoint, and if it ends so again, lower "
+    "STAGE.micro_batch_size",
 }
 """What to do, per kind of failure; STAGE stands for the node's stage."""
 

@@ -28,6 +28,8 @@ expect = playwright.expect
 RUN, NODE = "made-up", "round-03/evaluate"
 PATIENCE = 20_000
 """Milliseconds that a page may take on a busy machine."""
+MINUTE = 61_000
+"""Milliseconds within which every page asks again, and then some."""
 PAGES = {
     "runs": "/",
     "run": f"/runs/{RUN}",
@@ -125,7 +127,7 @@ def visit(browser: Any, site: Site) -> Iterator[Callable[..., Opened]]:
     """Return a function that opens a page; complaints and requests to elsewhere are errors."""
     contexts, found = [], []
 
-    def open_page(path: str, **options: Any) -> Opened:
+    def open_page(path: str, *, clock: bool = False, **options: Any) -> Opened:
         context = browser.new_context(**options)
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
@@ -134,6 +136,9 @@ def visit(browser: Any, site: Site) -> Iterator[Callable[..., Opened]]:
         result.page.on("console", lambda message: result.messages.append(message.text))
         result.page.on("pageerror", lambda error: result.messages.append(str(error)))
         result.page.on("request", lambda request: result.requests.append(request.url))
+        if clock:
+            # Timers go off when a test says so.
+            result.page.clock.install()
         result.page.goto(site.url + path)
         return result
 
@@ -166,7 +171,7 @@ def test_pages_fit_and_can_be_read(width: int, scheme: str, visit: Visit, site: 
         weak = {
             pair: round(ratio, 1)
             for pair in page.evaluate(COLOURS)
-            if (ratio := contrast(*pair.split("|"))) < 3
+            if (ratio := contrast(*pair.split("|"))) < 4.5
         }
         assert weak == {}, name
 
@@ -211,39 +216,95 @@ def test_a_run_that_works_is_followed(visit: Visit, site: Site) -> None:
         (folder / "manifest.json").unlink()
         lease.take()
         write_json(folder / "progress.json", progress)
-        page = visit(f"/runs/{RUN}").page
+        page = visit(f"/runs/{RUN}", clock=True).page
         node = page.locator(f"a[aria-label^='{NODE}']")
         expect(node).to_have_attribute("class", "running")
         assert "running 2/8, 12.0s left" in node.get_attribute("aria-label")
         page.locator("#node-table summary").click()
         node.focus()
         write_json(folder / "progress.json", {**progress, "step": 5})
+        page.clock.run_for(MINUTE)
         expect(node).to_have_attribute("aria-label", re.compile("5/8"), timeout=PATIENCE)
         assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(NODE)
         assert page.locator("#node-table").evaluate("e => e.open")
-        other = visit(f"/runs/{RUN}/node?name={NODE}").page
+        other = visit(f"/runs/{RUN}/node?name={NODE}", clock=True).page
         (folder / "log.txt").write_text("a word from the node\n", encoding="utf-8")
         row = {"step": 1, "eval/win_rate": 0.5}
         write_jsonl(folder / "metrics.jsonl", [row, {**row, "step": 2}])
+        other.clock.run_for(MINUTE)
         expect(other.locator("pre.log")).to_contain_text("a word from", timeout=PATIENCE)
-        other.locator(".chart", has_text="eval/win_rate").wait_for()
+        chart = other.locator(".chart", has_text="eval/win_rate")
+        expect(chart.locator(".points path")).to_have_count(2, timeout=PATIENCE)
+        write_jsonl(folder / "metrics.jsonl", [{**row, "step": step} for step in (1, 2, 3)])
     finally:
         lease.release()
         write_json(folder / "manifest.json", manifest)
+    page.clock.run_for(MINUTE)
     expect(node).to_have_attribute("class", "done", timeout=PATIENCE)
+    # Its last rows are fetched once the node is known to be done.
+    other.clock.run_for(MINUTE)
+    expect(other.locator("[data-state=done]")).to_have_count(1, timeout=PATIENCE)
+    other.clock.run_for(MINUTE)
+    expect(chart.locator(".points path")).to_have_count(3, timeout=PATIENCE)
 
 
 def test_a_service_that_is_away_is_said_and_forgotten(visit: Visit) -> None:
-    opened = visit("/")
+    opened = visit("/", clock=True)
     page = opened.page
-    page.route("**/live", lambda route: route.abort())
     trouble = page.locator("#trouble")
-    expect(trouble).to_contain_text("does not answer", timeout=PATIENCE)
-    page.unroute("**/live")
-    expect(trouble).to_be_hidden(timeout=2 * PATIENCE)
-    refused = [text for text in opened.messages if "ERR_FAILED" in text]
+    for answer, said in (
+        (lambda route: route.abort(), "does not answer"),
+        (lambda route: route.fulfill(status=503, body="no"), "cannot say how things stand"),
+        (None, ""),
+        (lambda route: route.fulfill(status=404, body="no"), "is gone"),
+    ):
+        if answer is not None:
+            page.route("**/live", answer)
+        page.clock.run_for(MINUTE)
+        expect(trouble).to_contain_text(said)
+        expect(trouble).to_be_visible(visible=said != "")
+        page.unroute("**/live")
+    refused = [text for text in opened.messages if re.search("ERR_FAILED|503|404", text)]
     assert refused == opened.messages
     opened.messages.clear()
+
+
+def test_what_somebody_reads_or_marks_stays_when_it_is_renewed(visit: Visit, site: Site) -> None:
+    page = visit(f"/runs/{RUN}", clock=True).page
+    old = page.locator("[data-live] [data-old]")
+    summary = page.locator("#node-table summary")
+
+    def renew() -> None:
+        with page.expect_response(re.compile("/live$")):
+            page.clock.run_for(MINUTE)
+        page.wait_for_timeout(200)
+
+    page.evaluate("document.querySelector('[data-live]').firstElementChild.dataset.old = 'yes'")
+    renew()
+    assert old.count() == 1
+    summary.click()
+    manifest = site.folder / NODE / "manifest.json"
+    kept = manifest.read_bytes()
+    manifest.unlink()
+    try:
+        page.locator("#node-table table").evaluate("e => getSelection().selectAllChildren(e)")
+        renew()
+        assert old.count() == 1
+        page.evaluate("getSelection().removeAllRanges()")
+        summary.focus()
+        renew()
+        expect(old).to_have_count(0)
+        expect(summary).to_be_focused()
+        expect(page.locator("p.message.stop")).to_contain_text(f"{NODE}: killed")
+        # The message above leads to the same page as the table's link.
+        link = page.locator("#node-table tbody a", has_text=NODE)
+        link.focus()
+        write_json(manifest.with_name("progress.json"), {"step": 7, "total": 99})
+        renew()
+        expect(page.locator("#node-table")).to_contain_text("7/99")
+        expect(link).to_be_focused()
+    finally:
+        manifest.write_bytes(kept)
 
 
 def test_metrics_are_charts_in_the_readers_colours(visit: Visit) -> None:
@@ -320,7 +381,7 @@ def test_signing_in_by_name_and_out(visit: Visit) -> None:
     page.locator("#promote summary").click()
     page.get_by_label("Version that shall count").select_option("v1")
     page.get_by_role("textbox", name="Reason").fill("reads better")
-    page.get_by_role("button", name="Promote").dblclick()
+    page.get_by_role("button", name="Promote", exact=True).dblclick()
     expect(page.locator("main > .message")).to_contain_text("v1 counts as promoted after round 3")
     page.get_by_role("link", name="Audit").click()
     rows = page.locator("tbody tr", has_text="promote")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
 from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,8 @@ from rlhf.data.records import Kind
 from rlhf.launch.failures import OUT_OF_MEMORY, REMEDIES, Exit, note_exit
 from rlhf.lease import Lease
 from rlhf.service import facts
-from rlhf.service.facts import nodes, reports
+from rlhf.service.facts import nodes, reports, runs
+from rlhf.service.facts.files import MAX_TAIL, tail
 from rlhf.service.problems import Problem
 from rlhf.service.state import State
 
@@ -47,6 +50,10 @@ def unfinish(run: Path, name: str = LAST) -> Path:
 def row_of(state: State, name: str = LAST) -> facts.NodeRow:
     rows = facts.node_rows(facts.open_run(state, "made-up"))
     return next(row for row in rows if row.name == name)
+
+
+def opened(state: State) -> facts.Run:
+    return facts.open_run(state, "made-up")
 
 
 def append(path: Path, *lines: str) -> None:
@@ -126,6 +133,7 @@ def test_what_happens_to_a_finished_node_is_seen_at_once(state: State, run: Path
     whole = evaluation.read_bytes()
     evaluation.write_bytes(whole[:-1])
     assert standing() == ("stopped", "v2")
+    assert row_of(state).failure == ""
     evaluation.unlink()
     assert standing() == ("stopped", "v2")
     evaluation.write_bytes(whole)
@@ -147,13 +155,17 @@ def test_a_new_plan_is_seen_at_once(state: State, run: Path) -> None:
 
 def test_a_node_says_how_it_failed_and_what_to_do(state: State, run: Path) -> None:
     folder = unfinish(run)
-    assert (row_of(state).state, row_of(state).failure) == ("stopped", "")
+    row = row_of(state)
+    assert (row.state, row.failure, row.has_failed) == ("stopped", "killed", True)
     stamp = "2026-01-02 03:04:05,678"
+    append(folder / "log.txt", f"{stamp} ERROR rlhf.worker: node failed\nMemoryError\n")
+    assert row_of(state).failure == OUT_OF_MEMORY
     append(folder / "log.txt", f"{stamp} INFO rlhf.worker: begins\n")
-    assert row_of(state).failure == ""
+    assert row_of(state).failure == "killed"
     append(folder / "log.txt", f"{stamp} ERROR rlhf.worker: DataError: week-1 is gone\n")
     assert row_of(state).failure == "bad_input"
-    append(folder / "log.txt", f"{stamp} ERROR rlhf.worker: node failed\n", "Traceback\n", "  x\n")
+    append(folder / "log.txt", f"{stamp} ERROR rlhf.worker: node failed\n", "Traceback\n")
+    append(folder / "log.txt", *("  a frame of a long traceback\n" for _ in range(500)))
     row = row_of(state)
     assert (row.failure, row.has_failed) == ("error", True)
     assert row.remedy == REMEDIES["error"]
@@ -161,6 +173,7 @@ def test_a_node_says_how_it_failed_and_what_to_do(state: State, run: Path) -> No
     append(folder / "log.txt", f"{stamp} WARNING rlhf.worker: {text}\n")
     row = row_of(state)
     assert (row.failure, row.has_failed) == ("stopped", False)
+    assert facts.node_row(opened(state), facts.find_node(opened(state), LAST)) == row
     note_exit(folder, Exit("7", 0, -9, OUT_OF_MEMORY, 0.0))
     row = row_of(state)
     assert row.failure == OUT_OF_MEMORY
@@ -189,8 +202,11 @@ def test_the_scheduler_is_asked_once_for_all_who_look(
     opened = facts.open_run(state, "made-up")
     facts.node_rows(opened)
     facts.node_rows(opened)
-    facts.node_rows(opened, ask_scheduler=False)
+    unfinish(run)
+    rows = facts.node_rows(opened, ask_scheduler=False)
     assert asked == [1]
+    # What was killed and when it goes on, the scheduler knows.
+    assert [(row.state, row.failure) for row in rows if row.name == LAST] == [("stopped", "")]
 
 
 def test_metrics_are_windowed_thinned_and_whole(state: State, run: Path) -> None:
@@ -199,6 +215,7 @@ def test_metrics_are_windowed_thinned_and_whole(state: State, run: Path) -> None
         for step in range(1000):
             row = {"step": step, "a": step / 2}
             row |= {"b": float("nan")} if step % 100 == 0 else {}
+            row |= {"seldom": 0.5} if step == 500 else {}
             file.write(json.dumps(row) + "\n")
         file.write('{"step": 1000, "a":')
     opened = facts.open_run(state, "made-up")
@@ -209,7 +226,8 @@ def test_metrics_are_windowed_thinned_and_whole(state: State, run: Path) -> None
     assert (steps[0], steps[-1]) == (0, 999)
     gaps = {after - before for before, after in pairwise(steps)}
     assert gaps <= {99, 100}
-    assert found["available"] == ["a", "b"]
+    assert found["available"] == ["a", "b", "seldom"]
+    assert found["latest"] == {"a": 499.5, "seldom": 0.5}
 
     found = facts.read_metrics(opened, node, after=9, before=20, points=500)
     assert [row["step"] for row in found["rows"]] == list(range(10, 20))
@@ -268,15 +286,105 @@ def test_a_report_is_made_once_until_something_changes(
     assert len(made) == 3
 
 
-def test_a_report_of_a_run_that_goes_away_asks_for_patience(state: State, run: Path) -> None:
-    opened = facts.open_run(state, "made-up")
-    (run / "round-01/evaluate/evaluation.json").write_text("{", encoding="utf-8")
-    manifest = json.loads((run / "round-01/evaluate/manifest.json").read_text(encoding="utf-8"))
-    manifest["files"]["evaluation.json"]["size"] = 1
-    write_json(run / "round-01/evaluate/manifest.json", manifest)
+def test_a_report_of_a_run_that_goes_away_asks_for_patience(
+    state: State, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any, **__: Any) -> None:
+        (run / LAST / "manifest.json").unlink(missing_ok=True)
+        raise FileNotFoundError("evaluation.json")
+
+    monkeypatch.setattr(reports, "gather", lose)
     with pytest.raises(Problem) as caught:
-        facts.run_report(state, opened)
+        facts.run_report(state, opened(state))
     assert caught.value.status == HTTPStatus.SERVICE_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("accuracy.json", "{"),
+        ("accuracy.json", "{}"),
+        ("accuracy.json", "[]"),
+        ("scores.jsonl", "{"),
+    ],
+)
+def test_a_damaged_artifact_hides_the_report_and_nothing_else(
+    client: Any, state: State, run: Path, file: str, content: str
+) -> None:
+    folder = run / "round-01/reward-safety"
+    (folder / file).write_text(content, encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][file]["size"] = len(content)
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(Problem) as caught:
+        facts.run_report(state, opened(state))
+    assert caught.value.status == HTTPStatus.CONFLICT
+    assert content == "[]" or str(folder / file) in str(caught.value)
+    page = client.get("/runs/made-up", headers={"Accept": "text/html"})
+    assert page.status_code == 200
+    assert "the report of run made-up cannot be made" in page.text
+    assert 'action="/runs/made-up/cancel"' in page.text
+    assert 'aria-label="round-03/evaluate: done' in page.text
+
+
+def test_many_runs_are_read_once_and_listed_in_pages(
+    client: Any, state: State, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = opened(state).config
+    shutil.copytree(state.store / "weekly", state.store / "other")
+    for number in range(150):
+        folder = state.runs / f"run-{number:03}"
+        folder.mkdir()
+        shutil.copy(run / "run.yaml", folder)
+        plan = {"run": folder.name, "recipe": "q", "rounds": [], "nodes": []}
+        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    read, listed, known_runs = [], [], runs.known_runs
+    monkeypatch.setattr(runs, "load_frozen", lambda folder: read.append(folder) or config)
+    first = client.get("/live").text
+    assert len(read) == 150
+    assert client.get("/live").text == first
+    assert first.count('class="card"') == 50
+    assert 'href="/?offset=50"' in first
+    last = client.get("/live?offset=100000").text
+    assert last.count('class="card"') == 1
+    assert 'href="/?offset=100"' in last
+    monkeypatch.setattr(runs, "known_runs", lambda state: listed.append(1) or known_runs(state))
+    assert client.get("/batches").status_code == 200
+    assert listed == [1]
+    assert len(read) == 150
+
+
+def test_what_a_launched_process_said_last_is_kept(state: State, run: Path, client: Any) -> None:
+    def has_ended() -> bool:
+        (summary,) = facts.list_runs(state)
+        return summary.has_ended_early
+
+    assert not has_ended()
+    write_json(run / "background.json", {"pid": os.getpid(), "start": 1})
+    append(run / "background.txt", "a\n", "b\n", "rlhf: model.path=<gone> does not exist\n")
+    assert not has_ended()
+    shutil.rmtree(run / LAST)
+    assert has_ended()
+    said = facts.read_background(opened(state), lines=2)
+    assert said == ["b", "rlhf: model.path=<gone> does not exist"]
+    assert "model.path=&lt;gone&gt; does not exist" in client.get("/runs/made-up/live").text
+    assert 'class="state stopped"' in client.get("/live").text
+    lease = Lease(run / LAST)
+    lease.take()
+    assert not has_ended()
+    lease.release()
+    later = (run / "background.json").stat().st_mtime + 1
+    os.utime(run / "plan.json", (later, later))
+    assert not has_ended()
+
+
+def test_the_end_of_a_log_is_never_nothing(state: State, run: Path) -> None:
+    path = run / LAST / "log.txt"
+    path.write_text("first\n" + "x" * 2 * MAX_TAIL, encoding="utf-8")
+    [line] = tail(path, lines=5)
+    assert set(line) == {"x"}
+    path.write_text("".join(f"line {i}\n\n" for i in range(50_000)), encoding="utf-8")
+    assert tail(path, lines=9000) == [f"line {i}" for i in range(41_000, 50_000)]
 
 
 def test_versions_are_those_of_the_files(state: State, run: Path) -> None:

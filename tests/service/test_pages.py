@@ -19,10 +19,14 @@ from sqlalchemy import select
 from rlhf.artifacts import read_json, write_json
 from rlhf.config import Config, Paths, Service
 from rlhf.errors import ConfigError, LauncherError
+from rlhf.report.view.marks import Point
+from rlhf.report.view.refs import Ref
 from rlhf.service import facts, launching
 from rlhf.service.access import new_token
 from rlhf.service.app import create_app
 from rlhf.service.database.models import Audit, Launch
+from rlhf.service.pages import assets
+from rlhf.service.pages.front import front
 from rlhf.service.pages.graph import counted, describe, graph, newest_rounds, shown_state
 from rlhf.service.pages.nodes import sample
 from rlhf.service.pages.render import MESSAGE, MESSAGE_BYTES
@@ -186,12 +190,100 @@ def test_the_front_page_shows_the_newest_accuracy_of_every_strength(site: Site) 
     places = {node.attrs.get("data-path") for node in root.walk()}
     for position, row in enumerate(report["reward_accuracy"]):
         shown = f"/reward_accuracy/{position}/accuracy" in places
-        assert shown == (row["round"] >= 3), row
+        assert shown, row
+    arrived = {node.attrs.get("data-y") for node in root.all(cls="point")}
+    for position, row in enumerate(report["reward_accuracy_before"]):
+        assert f"/reward_accuracy_before/{position}/accuracy" in arrived, row
     figures = [figure.attrs["id"] for figure in root.all("figure")]
-    assert figures == ["accuracy-by-strength", "front-trend", "on-arrival", "front-batches"]
+    assert figures == [
+        "accuracy-by-strength",
+        "front-trend",
+        "on-arrival",
+        "front-arrival",
+        "front-batches",
+    ]
     titles = root.text
     for name in ("significantly", "slightly", "negligibly", "longer wins", "swapped"):
         assert name in titles
+
+
+def accuracy_of(axis: str, strength: str | None, round_: int, *, few: bool = False) -> Any:
+    found = {"axis": axis, "strength": strength, "round": round_, "few": few, "accuracy": 0.7}
+    found |= {"low": 0.6, "high": 0.8, "n": 40, "prompts": 20 if few else 40}
+    return {**found, "control_longer": 0.5, "control_swapped": 0.3}
+
+
+def test_a_strength_looks_the_same_wherever_it_first_appears() -> None:
+    rows = [
+        accuracy_of("helpfulness", "slightly_better", 1),
+        accuracy_of("helpfulness", "significantly_better", 2),
+        accuracy_of("helpfulness", "slightly_better", 2, few=True),
+        accuracy_of("safety", "better", 1),
+        accuracy_of("safety", "slightly_better", 1),
+        accuracy_of("safety", None, 1),
+    ]
+    report = {"reward_accuracy": rows, "reward_accuracy_before": rows[1:3]}
+    blocks = front(Ref({**report, "reward_by_batch": [], "batches": []}))
+    figures = {block.id: block for block in blocks if block.kind == "figure"}
+    points = [
+        mark
+        for panel in figures["front-trend"].panels
+        for mark in panel.marks
+        if isinstance(mark, Point)
+    ]
+    assert len(points) == len(rows)
+    looks = {
+        point.name: {(p.colour, p.shape, p.shift) for p in points if p.name == point.name}
+        for point in points
+    }
+    assert {name: len(found) for name, found in looks.items()} == dict.fromkeys(looks, 1)
+    assert len({look[:2] for found in looks.values() for look in found}) == len(looks) == 4
+    strongest = sorted(looks, key=lambda name: min(shift for _, _, shift in looks[name]))
+    assert strongest == ["significantly", "better", "slightly", "all"]
+    assert {look[0] for look in looks["significantly"]} == {"r5"}
+    [hollow] = [point for point in points if point.hollow]
+    assert hollow.y.path == "/reward_accuracy/2/accuracy"
+    svg = figures["front-trend"].panels[0].svg()
+    assert "slightly (few);" in svg
+    # slightly has two rounds, significantly one.
+    assert svg.count('class="thread ') == 1
+    assert [panel.title for panel in figures["front-arrival"].panels] == ["helpfulness"]
+    [table] = [block for block in blocks if block.kind == "table" and block.id == "front-table"]
+    cells = {(row[0].key, row[1].key): row for row in table.rows}
+    assert 'class="few"' in cells["helpfulness", "slightly"][2].shown
+    assert "few" in cells["helpfulness", "slightly"][7].shown
+
+
+def test_words_and_signs_stand_out_from_their_background() -> None:
+    light, dark = read_colours((REPORT_CSS).read_text(encoding="utf-8"))
+    for colours in (light, {**light, **dark}):
+        backs = [colours["back"], colours["tint"]]
+        for name in ("ink", "soft", "faint", "link", "ok", "look", "stop"):
+            for back in backs:
+                assert contrast(colours[name], back) >= 4.5, (name, back)
+        for name in (f"{kind}{number}" for kind in "cr" for number in range(6)):
+            assert contrast(colours[name], colours["panel"]) >= 3, name
+        ramp = [contrast(colours[f"r{number}"], colours["panel"]) for number in range(6)]
+        assert all(b > a * 1.1 for a, b in pairwise(ramp)), ramp
+
+
+REPORT_CSS = Path(assets.__file__).parents[2] / "report" / "templates" / "page.css"
+
+
+def read_colours(css: str) -> list[dict[str, str]]:
+    """Return the colours of a style sheet, the light ones and those that replace them."""
+    parts = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    return [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", part)) for part in parts]
+
+
+def contrast(first: str, second: str) -> float:
+    """Return the contrast of two colours by WCAG 2."""
+    lights = []
+    for colour in (first, second):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
 def test_the_front_page_of_a_run_without_a_reward_model_says_so(tmp_path: Path) -> None:
@@ -259,6 +351,8 @@ def test_rows_of_texts_are_shown_whatever_they_hold() -> None:
     assert several["texts"] == [("responses 1", "a"), ("responses 2", "b")]
     assert several["prompt"] == "q"
     assert several["facts"] == [("done", "True")]
+    scored = sample({"scores": {"judge": {"old": 1, "new": None}}, "refused": {"old": False}})
+    assert scored["facts"] == [("scores judge old", "1"), ("refused old", "False")]
     assert sample({}) == {"turns": [], "prompt": "", "texts": [], "facts": []}
 
 
@@ -277,8 +371,11 @@ def test_batches_show_counts_drift_and_who_judged(site: Site) -> None:
     assert "ann-1" in root.text
     counts = {dt.text: dd.text for dt, dd in zip(root.all("dt"), root.all("dd"), strict=True)}
     assert counts["read"] == "120"
+    assert f"/runs/{RUN}/report#data" in links(root)
     first = site.page("/batches/weekly/week-1")
     assert "Nothing to compare" in first.text
+    one = site.page("/batches?stream=weekly")
+    assert "/login?next=/batches%3Fstream%3Dweekly" in links(one)
 
 
 @pytest.mark.parametrize(
@@ -361,9 +458,15 @@ def test_an_operator_overrules_with_a_reason(client: Any, state: State, run: Pat
         rows = session.scalars(select(Audit).order_by(Audit.id)).all()
     assert [row.status for row in rows] == [422, 422, 303]
     assert rows[-1].detail["reason"] == "v2 swears <b>"
+    draft = "PUT /api/v1/assignments/{key}/draft"
+    with state.transaction() as session:
+        for status in (200, 403):
+            row = Audit(user="ann", role="annotator", action=draft, target="/x", status=status)
+            session.add(row)
     log = read_page(client.get("/audit", headers=BROWSER).text)
     assert "v2 swears <b>" in log.text
-    assert len(log.all("tr")) == 4
+    assert len(log.all("tr")) == 5
+    assert len(read_page(client.get("/audit?action=all", headers=BROWSER).text).all("tr")) == 6
 
 
 @pytest.fixture
@@ -430,6 +533,7 @@ def test_a_launch_that_is_refused_keeps_what_was_typed(
         raise error
 
     monkeypatch.setattr(launching, "launch", refuse)
+    monkeypatch.setattr(launching, "cancel", refuse)
     form = {"run": "fresh", "recipe": "quickstart", "settings": "seed=x"}
     for path, data in (("/runs", form), (f"/runs/{run.name}/launch", {"settings": "seed=x"})):
         answer = client.post(path, data=data, headers=BROWSER)
@@ -438,6 +542,11 @@ def test_a_launch_that_is_refused_keeps_what_was_typed(
         assert root.all("p", "stop")[0].text == str(error)
         assert root.all("textarea")[0].text == "seed=x"
     assert 'value="fresh"' in client.post("/runs", data=form, headers=BROWSER).text
+    for name in ("launch", "cancel"):
+        root = read_page(client.post(f"/runs/{run.name}/{name}", data={}, headers=BROWSER).text)
+        folds = {fold.attrs["id"]: fold for fold in root.all("details", "fold")}
+        shown = {key for key, fold in folds.items() if "open" in fold.attrs}
+        assert shown == {name}
 
 
 def test_a_run_that_exists_is_not_started_again(

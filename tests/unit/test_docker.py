@@ -288,6 +288,7 @@ def test_the_service_waits_for_its_database_and_both_are_looked_after() -> None:
         assert services[name]["healthcheck"]["test"][0] == "CMD"
     [check] = [text for text in services["service"]["healthcheck"]["test"] if "urlopen" in text]
     compile(check, "healthcheck", "exec")
+    assert "--host=127.0.0.1" in services["database"]["healthcheck"]["test"]
     assert services["database"]["user"] == "999:999"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from rlhf.artifacts import NodeDir, read_json, read_jsonl
+from rlhf.errors import ArtifactError
 
 Row = dict[str, Any]
 
@@ -33,6 +34,28 @@ def pointer(*parts: str | int) -> str:
 def at(file: str, *parts: str | int) -> str:
     """Return `file#pointer`, as `from` fields hold it."""
     return f"{file}#{pointer(*parts)}"
+
+
+class Content(dict[str, Any]):
+    """An object of a JSON artifact; a key that it lacks is an ArtifactError that names the file."""
+
+    def __init__(self, items: Mapping[str, Any], path: Path) -> None:
+        super().__init__(items)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ArtifactError(
+            f"{self.path} has no {key}: another version wrote it; delete it and run again"
+        )
+
+
+def content_of(value: Any, path: Path) -> Any:
+    """Return a JSON value of a file whose objects know that file."""
+    if isinstance(value, dict):
+        return Content({key: content_of(item, path) for key, item in value.items()}, path)
+    if isinstance(value, list):
+        return [content_of(item, path) for item in value]
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +91,17 @@ class Done:
 
     def read(self, name: str) -> Any:
         """Return one of the node's JSON artifacts, or None where it wrote none."""
-        return read_json(self.folder / name) if self.has(name) else None
+        path = self.folder / name
+        return content_of(read_json(path), path) if self.has(name) else None
 
     def rows(self, name: str) -> list[Row]:
         """Return the rows of one of the node's JSONL artifacts; none where it wrote none."""
-        return read_jsonl(self.folder / name)
+        try:
+            return read_jsonl(self.folder / name)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{self.folder / name} has a damaged row ({error}); delete it and run again"
+            ) from error
 
     def at(self, name: str, *parts: str | int) -> str:
         """Return the `from` of a value in one of the node's files."""

@@ -44,9 +44,13 @@
     }
     shownOf(block.querySelector(".shown"), shown, rows.length);
   };
+  // A spreadsheet would carry out a text that begins like a formula; numbers and their limits stay.
+  const FORMULA = /^[=+\-@\t\r]/;
+  const NUMBERS = /^[+-]?\d[\d\s.,%[\]+-]*(e[+-]?\d+)?$/i;
   const quoted = (text) => {
     const plain = text.replaceAll("\u2212", "-").replaceAll("\u2009", "").trim();
-    return `"${plain.replaceAll('"', '""')}"`;
+    const safe = FORMULA.test(plain) && !NUMBERS.test(plain) ? `'${plain}` : plain;
+    return `"${safe.replaceAll('"', '""')}"`;
   };
   const save = (name, text) => {
     const link = document.createElement("a");
@@ -58,11 +62,12 @@
   for (const block of all(document, "details.table")) {
     const table = block.querySelector("table");
     for (const header of all(table, "th")) {
-      header.tabIndex = 0;
-      header.addEventListener("click", () => sortBy(table, header));
-      header.addEventListener("keydown", (event) => {
-        if (event.key === "Enter") sortBy(table, header);
-      });
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "sort";
+      button.append(...header.childNodes);
+      header.append(button);
+      button.addEventListener("click", () => sortBy(table, header));
     }
     for (const select of all(block, "select[data-column]")) {
       select.addEventListener("change", () => filterTable(block));

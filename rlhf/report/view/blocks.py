@@ -89,7 +89,8 @@ class Figure:
         for panel in self.panels:
             for mark in panel.marks:
                 for row in mark.rows():
-                    writer.writerow([panel.title, mark.name or mark.label, *row])
+                    names = map(no_formula, (panel.title, mark.name or mark.label))
+                    writer.writerow([*names, *row])
         return out.getvalue()
 
     def link(self) -> str:
@@ -144,6 +145,11 @@ class Section:
     title: str
     lead: str
     blocks: Sequence[Block]
+
+
+def no_formula(text: str) -> str:
+    """Return a text that no spreadsheet carries out: one that begins like a formula is quoted."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def slug(*parts: object) -> str:

@@ -5,7 +5,7 @@ Patterns with `*` name the parts of an array. Colours are classes of the page's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,8 @@ class Point(Mark):
     shift: float = 0.0
     """Pixels to the right of its place, so that two series do not hide each other."""
     shape: str = "dot"
+    hollow: bool = False
+    """Whether it rests on too little to be compared with anything."""
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
         limits = [value_of(place) for place in (self.low, self.high)]
@@ -138,9 +140,10 @@ class Point(Mark):
             ends = (x(low), y(b), x(high), y(b)) if self.across else (place, y(low), place, y(high))
             bar = Markup('<path class="bar" d="M{:.2f},{:.2f}L{:.2f},{:.2f}"/>').format(*ends)
         shift = Markup(' data-shift="{}"').format(self.shift) if self.shift else Markup("")
-        return Markup('<g class="point {} {}"{}{}>{}{}<title>{}</title></g>').format(
+        return Markup('<g class="point {} {}{}"{}{}>{}{}<title>{}</title></g>').format(
             self.colour,
             self.shape,
+            " hollow" if self.hollow else "",
             shift,
             attributes(x=self.x, y=self.y, low=self.low, high=self.high),
             bar,
@@ -150,7 +153,7 @@ class Point(Mark):
 
     def _title(self, axes: Axes) -> str:
         """Return what hovering shows: the series, then every value of the report."""
-        parts = [" ".join(filter(None, (self.name, self.label)))]
+        parts = [" ".join(filter(None, (self.name, self.label, "(few)" if self.hollow else "")))]
         for place, of in ((self.x, axes.x), (self.y, axes.y)):
             if isinstance(place, Ref):
                 parts.append(f"{of.label} {written(place.value, of.form)}".strip())
@@ -168,11 +171,33 @@ def _symbol(shape: str, x: float, y: float) -> Markup:
         path = f"M{x:.2f},{y - 6:.2f}v12"
     elif shape == "diamond":
         path = f"M{x:.2f},{y - 5:.2f}l5,5l-5,5l-5,-5z"
+    elif shape == "square":
+        path = f"M{x - 3.4:.2f},{y - 3.4:.2f}h6.8v6.8h-6.8z"
+    elif shape == "up":
+        path = f"M{x:.2f},{y - 4.6:.2f}l4.4,7.6h-8.8z"
+    elif shape == "down":
+        path = f"M{x:.2f},{y + 4.6:.2f}l4.4,-7.6h-8.8z"
     else:
         return Markup('<circle class="symbol" cx="{:.2f}" cy="{:.2f}" r="3.6"/>').format(x, y)
     return Markup('<path class="symbol" data-cx="{:.2f}" data-cy="{:.2f}" d="{}"/>').format(
         x, y, path
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thread(Mark):
+    """A thin line from point to point of one series."""
+
+    points: Sequence[Point]
+
+    def draw(self, x: Scale, y: Scale, axes: Axes) -> Markup:
+        places = [(value_of(point.x), value_of(point.y), point.shift) for point in self.points]
+        found = [
+            f"{x(a) + shift:.2f},{y(b):.2f}"
+            for a, b, shift in places
+            if a is not None and b is not None
+        ]
+        return Markup('<path class="thread {}" d="M{}"/>').format(self.colour, "L".join(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ def _by_strength(rows: Ref) -> Figure:
     note = (
         "Bars are intervals clustered by prompt. The upright stroke is the accuracy of \u201cthe "
         "longer response wins\u201d, the cross that of the pass with both responses exchanged, "
-        "both for the newest round."
+        "both for the newest round. A hollow dot rests on few prompts."
     )
     return Figure("accuracy-by-strength", "Held-out accuracy by strength", panels, note)
 
@@ -78,6 +78,7 @@ def dot_panel(title: str, rows: Sequence[Ref]) -> Panel:
                 low=row["low"],
                 high=row["high"],
                 across=True,
+                hollow=row.value["few"],
             )
         )
         if position == len(rounds) - 1:
@@ -298,12 +299,18 @@ def _table(report: Ref) -> Table:
     )
 
 
+FEW = Markup('<span class="none">few</span>')
+"""What stands where a cell of few prompts would be compared."""
+
+
+def greyed(row: Ref, shown: Markup) -> Markup:
+    """Return what is shown of a cell, in grey where it holds few prompts."""
+    return Markup('<span class="few">{}</span>').format(shown) if row.value["few"] else shown
+
+
 def _cells(row: Ref, model: str, *, source: str) -> list[Cell]:
-    accuracy = interval(row, middle="accuracy")
-    compared = interval(row["longer_difference"], "s")
-    if row.value["few"]:
-        accuracy = Markup('<span class="few">{}</span>').format(accuracy)
-        compared = Markup('<span class="none">few</span>')
+    accuracy = greyed(row, interval(row, middle="accuracy"))
+    compared = FEW if row.value["few"] else interval(row["longer_difference"], "s")
     return [
         cell(model),
         cell(row["round"], "d"),

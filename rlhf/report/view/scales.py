@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from rlhf.report.view.refs import Ref, written
 
+MOST_TICKS = 10
+"""Whole numbers up to which each has a tick."""
+
 
 @dataclass(frozen=True, slots=True)
 class Values:
@@ -88,9 +91,10 @@ def tick_text(value: float, step: float, form: str) -> str:
 
 
 def whole(label: str, numbers: Sequence[int]) -> Axis:
-    """Return an axis of whole numbers, such as rounds, each with a tick."""
+    """Return an axis of whole numbers, such as rounds; of many, only round ones have a tick."""
     low, high = min(numbers), max(numbers)
-    ticks = [(float(number), str(number)) for number in range(low, high + 1)]
+    every = max(1, round(nice_step((high - low + 1) / MOST_TICKS)))
+    ticks = [(float(number), str(number)) for number in range(low, high + 1) if number % every == 0]
     return Axis(label, low - 0.4, high + 0.4, ticks, "d")
 
 

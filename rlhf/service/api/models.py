@@ -41,6 +41,7 @@ class RunModel(_Read):
     finished_at: datetime | None = Field(description="When its last node ended, if all are done.")
     running: list[str] = Field(description="Nodes that run.")
     failed: list[str] = Field(description="Nodes that ended with a failure.")
+    has_ended_early: bool = Field(description="Whether nothing works on what is left of a launch.")
     problem: str = Field(description="Why the run cannot be read; empty if it can.")
 
     @classmethod

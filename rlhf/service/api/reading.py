@@ -139,7 +139,11 @@ def get_log(
     "/runs/{run}/report",
     tags=["runs"],
     summary="Report",
-    responses=problems(s404="There is no such run.", s503="The run is changing; ask again."),
+    responses=problems(
+        s404="There is no such run.",
+        s409="A file of the run cannot be read; `detail` names it.",
+        s503="The run is changing; ask again.",
+    ),
 )
 def get_report(state: StateOf, caller: Viewer, run: str) -> dict[str, Any]:
     """Return what `rlhf report` would write into report.json now."""

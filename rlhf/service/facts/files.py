@@ -101,22 +101,23 @@ def tail(path: Path, *, lines: int) -> list[str]:
         file = path.open("rb")
     except FileNotFoundError:
         return []
-    data = b""
+    blocks: list[bytes] = []
+    # A line that lies in two blocks is counted twice, so every block has to bring one more.
+    num_lines = 0
     with file:
         end = start = file.seek(0, 2)
-        while start > 0 and end - start < MAX_TAIL and _num_lines(data) <= lines:
-            start = max(0, start - BLOCK)
+        while start > 0 and end - start < MAX_TAIL and num_lines <= lines + len(blocks):
+            block = min(BLOCK, start)
+            start -= block
             file.seek(start)
-            data = file.read(end - start)
-    found = [line.rstrip() for line in data.decode(errors="replace").splitlines()]
-    if start > 0:
+            blocks.insert(0, file.read(block))
+            num_lines += sum(1 for line in blocks[0].splitlines() if line.strip())
+    text = b"".join(blocks).decode(errors="replace")
+    found = [line.rstrip() for line in text.splitlines() if line.strip()]
+    if start > 0 and len(found) > 1:
         # The first line is most likely a part of one.
         found = found[1:]
-    return [line for line in found if line.strip()][-lines:]
-
-
-def _num_lines(data: bytes) -> int:
-    return sum(1 for line in data.splitlines() if line.strip())
+    return found[-lines:]
 
 
 def thinned(items: list[T], number: int) -> list[T]:

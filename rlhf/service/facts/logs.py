@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
+from rlhf.config import LauncherKind
+from rlhf.launch.local import PLAN
+from rlhf.launch.operator import BACKGROUND, BACKGROUND_LOG, background_process
 from rlhf.nodes import Node
-from rlhf.service.facts.files import parsed, rows, tail, thinned, whole_lines
+from rlhf.runner import within_limit
+from rlhf.service.facts.files import parsed, rows, stamp, tail, thinned, whole_lines
+from rlhf.service.facts.nodes import NodeRow
 from rlhf.service.facts.runs import Run
 from rlhf.state import LOG
 
@@ -31,9 +35,10 @@ def read_metrics(
     `names` keeps these metrics only, and the rows that hold one of them; it is applied before
     thinning, so that a metric which is written seldom is not thinned away by the others.
     `available` lists all metrics of the file, `total` counts its rows, `matched` those of the
-    window.
+    window. `latest` holds the newest value of every metric: some are written now and then only.
     """
     available: set[str] = set()
+    latest: dict[str, Any] = {}
     matched: list[dict[str, Any]] = []
     total = 0
     for row in rows(run.folder / node.name / METRICS):
@@ -42,6 +47,7 @@ def read_metrics(
             continue
         total += 1
         available.update(row.keys() - {"step"})
+        latest |= {name: value for name, value in row.items() if value is not None}
         is_within = (after is None or step > after) and (before is None or step < before)
         if not is_within:
             continue
@@ -53,6 +59,7 @@ def read_metrics(
         "available": sorted(available),
         "total": total,
         "matched": len(matched),
+        "latest": {name: latest[name] for name in sorted(latest.keys() - {"step"})},
         "rows": thinned(matched, points),
     }
 
@@ -66,11 +73,35 @@ def read_samples(run: Run, node: Node, *, offset: int = 0, limit: int = 50) -> d
         path = run.folder / node.name / name
         if not path.exists():
             continue
-        total = sum(1 for _ in whole_lines(path))
-        found = (parsed(line) for line in islice(whole_lines(path), offset, offset + limit))
-        items = [row if row is not None else {} for row in found]
+        total = 0
+        items: list[dict[str, Any]] = []
+        for total, line in enumerate(whole_lines(path), 1):
+            if offset < total <= offset + limit:
+                items.append(parsed(line) or {})
         return {"node": node.name, "file": name, "total": total, "items": items}
     return {"node": node.name, "file": "", "total": 0, "items": []}
+
+
+def has_ended_early(run: Run, nodes: Sequence[NodeRow]) -> bool:
+    """Tell whether the process that `rlhf launch` started here ended before everything was done.
+
+    Not where something else works on the run.
+    """
+    if run.config.launcher.kind is not LauncherKind.local:
+        return False
+    launched, planned = stamp(run.folder / BACKGROUND), stamp(run.folder / PLAN)
+    if launched is None or planned is None or launched[0] < planned[0]:
+        # Where the plan became longer since, what is left was not there yet.
+        return False
+    wanted = {node.name for node in within_limit(run.config, run.plan)}
+    states = {node.state for node in nodes if node.name in wanted}
+    is_left = "running" not in states and not states <= {"done"}
+    return is_left and background_process(run.folder) is None
+
+
+def read_background(run: Run, *, lines: int) -> list[str]:
+    """Return the last lines of what `rlhf launch` started on this machine, oldest first."""
+    return tail(run.folder / BACKGROUND_LOG, lines=lines)
 
 
 def read_log(run: Run, node: Node, *, lines: int = 200) -> list[str]:

@@ -18,6 +18,7 @@ from rlhf.errors import ArtifactError
 from rlhf.launch.failures import (
     CANCELLED,
     ERROR,
+    KILLED,
     PREEMPTED,
     STOPPED,
     TIME_LIMIT,
@@ -27,21 +28,23 @@ from rlhf.launch.failures import (
 from rlhf.launch.jobs import Job
 from rlhf.launch.operator import failure_of, known_jobs
 from rlhf.nodes import Node
+from rlhf.service.facts.cache import Cache
 from rlhf.service.facts.files import Stamp, not_found, stamp, steadily, tail
 from rlhf.service.facts.runs import Run
 from rlhf.state import LOG, NodeState, node_state
 
 JOBS_SECONDS = 5.0
 """The scheduler is asked about a run at most this often, however many look at its page."""
-LOG_LINES = 60
-"""Lines of a log in which a node's last word is looked for."""
+LOG_LINES = 5000
+"""Lines of a log in which a node's last word is looked for; a traceback may have hundreds."""
 RECORD = re.compile(r"[\d-]{10} [\d:]{8},\d{3} (?P<level>[A-Z]+) \S+: (?P<text>.*)")
 """A line of a node's log that the logging module wrote."""
-MAX_FINISHED = 10_000
+MAX_FINISHED = 50_000
 """Finished nodes that are remembered."""
 BAD_INPUT_ERRORS = ("ConfigError", "DataError", "UserError")
 NO_FAILURES = ("", STOPPED, CANCELLED, PREEMPTED, TIME_LIMIT)
 """Ends after which a node goes on where it was."""
+_WORDS = Cache(1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,16 @@ def node_rows(run: Run, *, ask_scheduler: bool = True) -> list[NodeRow]:
     return [_row(run, node, jobs.get(node.name)) for node in run.plan.nodes]
 
 
+def node_row(run: Run, node: Node) -> NodeRow:
+    """Return one node of the plan."""
+    return _row(run, node, _JOBS.of(run).get(node.name))
+
+
 def _row(run: Run, node: Node, job: Job | None) -> NodeRow:
     folder = run.folder / node.name
     try:
         state = _FINISHED.state_of(run, node)
-        failure = steadily(lambda: _failure(folder, state, job))
+        failure = steadily(lambda: _failure(run, folder, state, job))
         advice = remedy(failure, node.stage) if failure else ""
     except (ArtifactError, json.JSONDecodeError) as error:
         # One damaged node is no reason to hide the others.
@@ -118,12 +126,17 @@ def _row(run: Run, node: Node, job: Job | None) -> NodeRow:
     )
 
 
-def _failure(folder: Path, state: NodeState, job: Job | None) -> str:
+def _failure(run: Run, folder: Path, state: NodeState, job: Job | None) -> str:
     """Return how a node ended that is over and not done, "" for any other."""
     if state.state not in ("stopped", "waiting") or (job is not None and job.is_alive):
         return ""
     noted = failure_of(folder, job)
-    return noted or (last_word(folder) if state.state == "stopped" else "")
+    if noted or state.state == "waiting":
+        return noted
+    # A scheduler knows itself what it killed. With a manifest the node had ended well: its files
+    # were changed afterwards.
+    is_told = run.config.launcher.kind is not LauncherKind.local or (folder / MANIFEST).exists()
+    return last_word(folder) or ("" if is_told else KILLED)
 
 
 def last_word(folder: Path) -> str:
@@ -131,11 +144,21 @@ def last_word(folder: Path) -> str:
 
     "" where the log ends without a word: the process was killed, or its machine stopped.
     """
+    word: str = _WORDS.get(folder, stamp(folder / LOG), lambda: _read_last_word(folder))
+    return word
+
+
+def _read_last_word(folder: Path) -> str:
     lines = tail(folder / LOG, lines=LOG_LINES)
-    records = [match for line in lines if (match := RECORD.match(line))]
-    if not records:
-        return ""
-    level, text = records[-1]["level"], records[-1]["text"]
+    for i in range(len(lines) - 1, -1, -1):
+        record = RECORD.match(lines[i])
+        if record is not None:
+            # The lines before it are of earlier attempts, too.
+            return _word(record["level"], record["text"], lines[i:])
+    return ""
+
+
+def _word(level: str, text: str, lines: list[str]) -> str:
     if level == "ERROR":
         return classify(2 if text.partition(":")[0] in BAD_INPUT_ERRORS else 1, lines)
     return STOPPED if level == "WARNING" and "stopped on request" in text else ""
@@ -160,6 +183,7 @@ class _Nodes:
     """States of nodes; of a finished one only its files' sizes are looked at again."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._found: dict[Path, _Finished] = {}
 
     def state_of(self, run: Run, node: Node) -> NodeState:
@@ -173,9 +197,10 @@ class _Nodes:
         if manifest is not None and state.state == "done":
             files = read_json(folder / MANIFEST)["files"]
             sizes = tuple((str(folder / name), entry["size"]) for name, entry in files.items())
-            if len(self._found) >= MAX_FINISHED:
-                self._found.clear()
-            self._found[folder] = _Finished(manifest, state, sizes)
+            with self._lock:
+                if len(self._found) >= MAX_FINISHED:
+                    del self._found[next(iter(self._found))]
+                self._found[folder] = _Finished(manifest, state, sizes)
         return state
 
 

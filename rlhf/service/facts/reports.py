@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from http import HTTPStatus
 from pathlib import Path
@@ -12,7 +13,7 @@ from rlhf.compose import RUN_FILE
 from rlhf.data.ledger import FOLDERS
 from rlhf.data.records import Kind
 from rlhf.data.tombstones import FOLDER as TOMBSTONES
-from rlhf.errors import ArtifactError
+from rlhf.errors import RlhfError
 from rlhf.launch.local import PLAN
 from rlhf.report.gather import gather
 from rlhf.service.facts.cache import Cache
@@ -22,10 +23,12 @@ from rlhf.service.problems import Problem
 from rlhf.service.state import State
 from rlhf.versions import OVERRULES, VERSIONS
 
+log = logging.getLogger(__name__)
+
 MAX_REPORTS = 16
 """Reports that are kept in memory."""
-
-
+UNREADABLE = (AttributeError, FileNotFoundError, KeyError, RlhfError, TypeError, ValueError)
+"""What reading an artifact may end in that is damaged, or that another version wrote."""
 _REPORTS = Cache(MAX_REPORTS)
 
 
@@ -33,7 +36,8 @@ def run_report(state: State, run: Run) -> dict[str, Any]:
     """Return the content of report.json as it would be written now.
 
     The store is the run's own, as on the command line. Not to be changed: others get the same
-    object. Raises a Problem (503) for a run whose nodes are being deleted.
+    object. Raises a Problem: 503 while nodes are made or deleted, 409 for an artifact that cannot
+    be used.
     """
     store = Path(run.config.paths.store)
     mark = _mark(run, store)
@@ -41,10 +45,19 @@ def run_report(state: State, run: Run) -> dict[str, Any]:
         found: dict[str, Any] = _REPORTS.get(
             run.folder, mark, lambda: steadily(lambda: gather(run.folder, store=store))
         )
-    except (FileNotFoundError, ArtifactError) as error:
+    except UNREADABLE as error:
+        if _mark(run, store) != mark:
+            raise Problem(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"run {run.name} is changing while its report is made ({error}): ask again in a "
+                "moment",
+            ) from error
+        what = str(error)
+        if not isinstance(error, RlhfError | OSError):
+            log.exception("the report of run %s cannot be made", run.name)
+            what = f"a file has another form than this version writes ({error!r})"
         raise Problem(
-            HTTPStatus.SERVICE_UNAVAILABLE,
-            f"run {run.name} is changing while its report is made ({error}): ask again in a moment",
+            HTTPStatus.CONFLICT, f"the report of run {run.name} cannot be made: {what}"
         ) from error
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from rlhf.data.ingest import NAME
 from rlhf.data.ledger import FOLDERS, Store
 from rlhf.data.records import Kind
 from rlhf.data.tombstones import FOLDER as TOMBSTONES
-from rlhf.errors import ArtifactError, RlhfError
+from rlhf.errors import ArtifactError
 from rlhf.service.facts import checks
 from rlhf.service.facts.checks import Manifests
 from rlhf.service.facts.files import finite, not_found, rows, steadily
-from rlhf.service.facts.runs import Run, known_runs, open_run
+from rlhf.service.facts.runs import Run, open_runs
 from rlhf.service.state import State
 
 MAX_ROWS = 100
@@ -26,7 +26,7 @@ MAX_ROWS = 100
 class StreamRow:
     """A stream: sets per kind, accepted comparisons, the newest batch, and the runs that read it.
 
-    `split` is the held-out share, fixed by the first file.
+    `heldout_share` was fixed by the first file.
     """
 
     name: str
@@ -59,10 +59,10 @@ class BatchRow:
     used_by: dict[str, list[int]]
 
 
-def list_streams(state: State) -> list[StreamRow]:
-    """Return the streams by name."""
-    runs = list(_runs(state))
-    return [_stream(state, name, runs) for name in _names(state)]
+def list_streams(state: State, *, runs: Sequence[Run] | None = None) -> list[StreamRow]:
+    """Return the streams by name; `runs` are the open runs, where the caller has them."""
+    known = open_runs(state) if runs is None else runs
+    return [_stream(state, name, known) for name in _names(state)]
 
 
 def open_stream(state: State, name: str) -> Store:
@@ -74,11 +74,19 @@ def open_stream(state: State, name: str) -> Store:
 
 
 def list_batches(
-    state: State, stream: str, *, start: int = 0, stop: int | None = None
+    state: State,
+    stream: str,
+    *,
+    runs: Sequence[Run] | None = None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> list[BatchRow]:
-    """Return the batches and sets of a stream, or a part of the list, oldest first."""
+    """Return the batches and sets of a stream, or a part of the list, oldest first.
+
+    `runs` are the open runs, where the caller has them.
+    """
     store = open_stream(state, stream)
-    runs = [run for run in _runs(state) if _reads(run, store)]
+    readers = _readers(open_runs(state) if runs is None else runs, store)
     entries = {kind: _entries(store, kind) for kind in FOLDERS}
     found = [
         (manifest["sequence"], kind, id, manifest)
@@ -88,7 +96,7 @@ def list_batches(
     found.sort(key=lambda item: item[0])
     originals = _originals(entries[Kind.batch])
     return [
-        _batch(store, kind, id, manifest, originals, runs)
+        _batch(store, kind, id, manifest, originals, readers)
         for _, kind, id, manifest in found[start:stop]
     ]
 
@@ -108,14 +116,14 @@ def batch_report(state: State, stream: str, id: str, *, kind: str | None = None)
     manifest, folder = entries[which][id], store.path(which, id)
     originals = _originals(entries.get(Kind.batch, {}))
     is_original = which is Kind.batch and id in originals
-    runs = [run for run in _runs(state) if _reads(run, store)]
+    readers = _readers(open_runs(state), store)
     return {
         "manifest": finite({name: value for name, value in manifest.items() if name != "files"}),
         "drift": checks.drift(store, originals, id)["report"] if is_original else None,
         "quality": checks.quality(state, store, originals, id) if is_original else None,
         "refused": _first(folder / "refused.jsonl"),
         "excluded": _first(folder / "excluded.jsonl"),
-        "used_by": _used_by(id, runs) if is_original else {},
+        "used_by": _used_by(id, readers) if is_original else {},
     }
 
 
@@ -136,23 +144,17 @@ def _names(state: State) -> list[str]:
     return [path.name for path in folders if (path / "stream.json").is_file()]
 
 
-def _runs(state: State) -> Iterator[Run]:
-    """Yield the runs that can be read."""
-    for name in known_runs(state):
-        try:
-            yield open_run(state, name)
-        except RlhfError:
-            # The overview of runs says why.
-            continue
+def _readers(runs: Sequence[Run], store: Store) -> list[Run]:
+    """Return the runs that read a stream of this very store."""
+    here = store.root.resolve()
+    return [
+        run
+        for run in runs
+        if run.config.data.stream == store.stream and Path(run.config.paths.store).resolve() == here
+    ]
 
 
-def _reads(run: Run, store: Store) -> bool:
-    """Tell whether a run reads a stream of this very store."""
-    is_here = Path(run.config.paths.store).resolve() == store.root.resolve()
-    return is_here and run.config.data.stream == store.stream
-
-
-def _stream(state: State, name: str, runs: list[Run]) -> StreamRow:
+def _stream(state: State, name: str, runs: Sequence[Run]) -> StreamRow:
     store = Store(state.store, name)
     entries = {kind: _entries(store, kind) for kind in FOLDERS}
     batches = entries[Kind.batch]
@@ -168,7 +170,7 @@ def _stream(state: State, name: str, runs: list[Run]) -> StreamRow:
         ingested=batches[newest]["ingested"] if newest else "",
         heldout_share=split["heldout_share"],
         withdrawals=sum(1 for _ in (store.folder / TOMBSTONES).glob("[0-9]*.json")),
-        runs=[run.name for run in runs if _reads(run, store)],
+        runs=[run.name for run in _readers(runs, store)],
     )
 
 

@@ -14,8 +14,9 @@ from rlhf.errors import RlhfError
 from rlhf.runner import within_limit
 from rlhf.service.facts.cache import Cache
 from rlhf.service.facts.files import stamp
+from rlhf.service.facts.logs import has_ended_early
 from rlhf.service.facts.nodes import NodeRow, node_rows
-from rlhf.service.facts.runs import Run, known_runs, open_run, run_versions
+from rlhf.service.facts.runs import MAX_OPEN, Run, known_runs, open_known, run_versions
 from rlhf.service.problems import Problem
 from rlhf.service.state import State
 from rlhf.state import INPUTS
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 STATES = ("done", "running", "stopped", "waiting")
 DECIDING = ("sft", "rejection", "ppo", "evaluate")
 """Stages whose nodes make versions or judge them."""
-_PROMOTED = Cache(1000)
+_PROMOTED = Cache(MAX_OPEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,9 @@ class RunSummary:
     """A run in one line.
 
     `version` is the one that counts as promoted, "" before there is one; `started` and
-    `finished_at` are None before; `running` and `failed` name nodes. A run that cannot be read says
-    why in `problem`, and nothing else.
+    `finished_at` are None before; `running` and `failed` name nodes; `has_ended_early` tells that
+    nothing works on what is left. A run that cannot be read says why in `problem`, and nothing
+    else.
     """
 
     name: str
@@ -48,6 +50,7 @@ class RunSummary:
     finished_at: datetime | None
     running: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    has_ended_early: bool = False
     problem: str = ""
 
     @property
@@ -59,15 +62,15 @@ class RunSummary:
             return "running"
         if self.finished_at is not None:
             return "done"
-        return "stopped" if self.counts["stopped"] else "waiting"
+        return "stopped" if self.counts["stopped"] or self.has_ended_early else "waiting"
 
 
 def list_runs(state: State, *, names: Sequence[str] | None = None) -> list[RunSummary]:
-    """Return every run, or some, by name; one that cannot be read does not hide the others."""
+    """Return every run, or some of those known, by name; one that cannot be read hides no other."""
     found = []
     for name in known_runs(state) if names is None else names:
         try:
-            run = open_run(state, name)
+            run = open_known(state, name)
             found.append(run_summary(run, node_rows(run, ask_scheduler=False)))
         except Problem:
             # It was deleted meanwhile.
@@ -100,6 +103,7 @@ def run_summary(run: Run, rows: Sequence[NodeRow]) -> RunSummary:
         finished_at=max(_times(run, MANIFEST), default=None) if is_over else None,
         running=[row.name for row in rows if row.state == "running"],
         failed=[row.name for row in rows if row.has_failed],
+        has_ended_early=has_ended_early(run, rows),
     )
 
 

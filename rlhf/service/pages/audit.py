@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Annotated
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import select
@@ -18,6 +19,9 @@ router = APIRouter(include_in_schema=False)
 PAGE = 100
 BAD = 400
 """Status from which on a write was refused."""
+MINOR = ("PUT /api/v1/assignments/{key}/draft", "POST /api/v1/tasks/next")
+"""Writes of annotators at work: dozens for every verdict, and nothing that anybody decided."""
+EVERY = "all"
 
 
 @router.get("/audit")
@@ -27,13 +31,19 @@ def audit(
     caller: Operator,
     before: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
     user: Annotated[str, Query(max_length=200)] = "",
+    action: Annotated[str, Query(max_length=20)] = "",
 ) -> HTMLResponse:
-    """Show the newest writes, `before` a row's number, of one user or of all."""
+    """Show the newest writes, `before` a row's number, of one user or of all.
+
+    Those that decide nothing are left out, unless `action` is `all` or they were refused.
+    """
     # No name has a zero byte, and PostgreSQL refuses to look for one.
     user = user.replace("\0", "")
     wanted = select(Audit).order_by(Audit.id.desc()).limit(PAGE + 1)
     if before is not None:
         wanted = wanted.where(Audit.id < before)
+    if action != EVERY:
+        wanted = wanted.where(Audit.action.not_in(MINOR) | (Audit.status >= BAD))
     if user:
         wanted = wanted.where(Audit.user == user)
     with state.reading() as session:
@@ -47,4 +57,14 @@ def audit(
         for row in found[:PAGE]
     ]
     earlier = found[PAGE - 1].id if len(found) > PAGE else None
-    return render(request, "audit.html", rows=rows, earlier=earlier, user=user)
+    return render(
+        request,
+        "audit.html",
+        rows=rows,
+        user=user,
+        action=action,
+        every=EVERY,
+        earlier=f"/audit?{urlencode({'before': earlier, 'user': user, 'action': action})}"
+        if earlier
+        else "",
+    )

@@ -39,14 +39,15 @@ def streams(
     before: Annotated[int, Query(ge=0, le=10**9)] = 0,
 ) -> HTMLResponse:
     """Show the streams, and the newest batches of each; `stream` shows one of them only."""
-    found = facts.list_streams(state)
+    runs = facts.open_runs(state)
+    found = facts.list_streams(state, runs=runs)
     if stream:
         facts.open_stream(state, stream)
     shown = [item for item in found if not stream or item.name == stream]
     return render(
         request,
         "batches.html",
-        streams=[_stream(state, item, before if stream else 0) for item in shown],
+        streams=[_stream(state, item, runs, before if stream else 0) for item in shown],
         names=[item.name for item in found],
         stream=stream,
         kinds=[kind.name for kind in Kind],
@@ -89,17 +90,15 @@ def one_batch(
     )
 
 
-def _stream(state: State, row: facts.StreamRow, before: int) -> dict[str, Any]:
+def _stream(
+    state: State, row: facts.StreamRow, runs: Sequence[facts.Run], before: int
+) -> dict[str, Any]:
     """Return a stream with a page of its batches and sets, newest first."""
-    batches = facts.list_batches(state, row.name)
-    end = min(before or len(batches), len(batches))
+    total = sum(row.sets.values())
+    end = min(before or total, total)
     start = max(0, end - SHOWN_BATCHES)
-    return {
-        "row": row,
-        "batches": batches[start:end][::-1],
-        "earlier": start,
-        "total": len(batches),
-    }
+    batches = facts.list_batches(state, row.name, runs=runs, start=start, stop=end)
+    return {"row": row, "batches": batches[::-1], "earlier": start}
 
 
 def _files(state: State) -> Sequence[InboxFile]:
@@ -137,7 +136,7 @@ def _quality(report: dict[str, Any] | None) -> dict[str, Any] | None:
                 "name": part.value["name"],
                 "n": part.value["n"],
                 "prompts": part.value["prompts"],
-                "strengths": [f"{100 * n / graded:.0f} %" if graded else "" for n in shares],
+                "strengths": [written(n / graded, "p0") if graded else "" for n in shares],
                 "ties": interval(part["ties"], "p0"),
                 "longer": interval(part["longer_preferred"], "p0"),
                 "agreement": interval(part["agreement"], "p0"),

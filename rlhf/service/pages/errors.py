@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from rlhf.service.access import CALLER, SAFE_METHODS, Caller
-from rlhf.service.pages.render import csrf_field, fragment
+from rlhf.service.pages.render import address_of, csrf_field, fragment
 
 PROGRAMS = ("/api/", "/healthz", "/readyz", "/metrics", "/static/")
 """Paths whose errors are problem documents, whatever a browser says that it takes."""
@@ -27,14 +27,15 @@ def error_page(request: Request, status: int, detail: str) -> Response:
     """Return an error as a page; whoever has to sign in is led to where that is done."""
     is_reader = request.method in SAFE_METHODS and LIVE not in request.headers
     if status == HTTPStatus.UNAUTHORIZED and is_reader:
-        path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        return RedirectResponse(f"/login?next={quote(path, safe='')}", status_code=303)
+        target = quote(address_of(request), safe="")
+        return RedirectResponse(f"/login?next={target}", status_code=303)
     found: Caller | None = request.scope.get(CALLER)
     values = {"caller": found, "csrf_field": csrf_field(found)} if found is not None else {}
     return fragment(
         "error.html",
         status_code=status,
         path=request.url.path,
+        here=address_of(request),
         status=status,
         heading=HTTPStatus(status).phrase,
         detail=detail,

@@ -7,18 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rlhf.data.records import AXES
+from rlhf.data.records import AXES, STRENGTHS
+from rlhf.report.gather.reward import strength_order
 from rlhf.report.view.blocks import Block, Cell, Column, Figure, Note, Table, cell
 from rlhf.report.view.charts import Panel
 from rlhf.report.view.common import AXIS_COLOURS, strength_name
-from rlhf.report.view.marks import Mark, Point, Rule
-from rlhf.report.view.refs import Ref, interval
-from rlhf.report.view.reward import dot_panel, on_arrival
+from rlhf.report.view.marks import Mark, Point, Rule, Thread
+from rlhf.report.view.refs import Ref, interval, number
+from rlhf.report.view.reward import FEW, dot_panel, greyed, on_arrival
 from rlhf.report.view.scales import Axis, axis, batches_axis, whole
 
-COLOURS = {None: "c0", "ungraded": "c5"}
-"""Colours of what is no strength; strengths run from dark, the strongest, to light."""
-RAMP = ("r5", "r4", "r2", "r0")
+STYLES: dict[str | None, tuple[str, str]] = {
+    **dict(
+        zip(
+            STRENGTHS,
+            (("r5", "dot"), ("r4", "square"), ("r2", "up"), ("r0", "down")),
+            strict=True,
+        )
+    ),
+    None: ("c0", "diamond"),
+}
+"""Colour and shape of a strength's series, the same in every panel: the strongest is darkest."""
+OTHER = ("c5", "cross")
+"""Of comparisons without a strength."""
 MOST_BARS = 8
 """Rounds up to which the intervals of several series can be told apart."""
 SHIFT = 7.0
@@ -35,7 +46,15 @@ def front(report: Ref) -> list[Block]:
     rows = report["reward_accuracy"]
     if not rows:
         return [Note(NONE_YET, "empty big")]
-    return [_by_strength(rows), _table(rows), _trend(rows), on_arrival(report), *_by_batch(report)]
+    return [
+        _by_strength(rows),
+        _table(rows),
+        _trend(rows),
+        _trend_table(rows),
+        on_arrival(report),
+        *_arrival(report["reward_accuracy_before"]),
+        *_by_batch(report),
+    ]
 
 
 def newest(rows: Ref, axis_: str) -> list[Ref]:
@@ -76,61 +95,118 @@ def _table(rows: Ref) -> Table:
         for row in newest(rows, name):
             strength, round_ = row.value["strength"], row.value["round"]
             before = rows.where(axis=name, strength=strength, round=round_ - 1)
-            old = before[0] if before else Ref(None)
             made.append(
                 [
                     cell(name),
                     cell(strength_name(strength)),
-                    Cell(interval(row, middle="accuracy"), row.value["accuracy"]),
+                    Cell(greyed(row, interval(row, middle="accuracy")), row.value["accuracy"]),
                     cell(row["n"], "d"),
                     cell(row["prompts"], "d"),
                     cell(row["control_longer"], "f3"),
                     cell(row["control_swapped"], "f3"),
-                    cell(old["accuracy"], "f3"),
+                    _compared(row, before),
                 ]
             )
     title = "The same as numbers, with the controls"
-    return Table("front-table", title, columns, made, "n leaves ties out.", open=False)
+    note = "n leaves ties out. What rests on few prompts is grey and compared with nothing."
+    return Table("front-table", title, columns, made, note, open=False)
+
+
+def _compared(row: Ref, before: Sequence[Ref]) -> Cell:
+    """Return the accuracy of the round before, where both rest on enough prompts."""
+    if not before:
+        return cell(Ref(None), "f3")
+    if row.value["few"] or before[0].value["few"]:
+        return Cell(FEW)
+    return cell(before[0]["accuracy"], "f3")
 
 
 def _trend(rows: Ref) -> Figure:
-    rounds = sorted({row.value["round"] for row in rows})
-    panels = []
-    for name in AXES:
-        own = rows.where(axis=name)
-        strengths = list(dict.fromkeys(row.value["strength"] for row in own))
-        marks: list[Mark] = []
-        graded = [strength for strength in strengths if strength not in COLOURS]
-        for i, strength in enumerate(strengths):
-            colour = COLOURS.get(strength) or RAMP[min(graded.index(strength), len(RAMP) - 1)]
-            shift = (i - (len(strengths) - 1) / 2) * SHIFT
-            found = [row for row in own if row.value["strength"] == strength]
-            marks += _series(found, strength_name(strength), colour, shift, len(rounds))
-        panels.append(Panel(name, whole("round", rounds), _accuracy(marks), [HALF, *marks]))
     note = (
         "Every round's newest models on all held-out comparisons so far. A strength whose accuracy "
         "falls while the others rise is a sign of annotators who judge differently, or of a new "
-        "kind of prompt."
+        "kind of prompt. Hollow marks rest on few prompts."
     )
-    return Figure("front-trend", "Accuracy by strength, round after round", panels, note)
+    title = "Accuracy by strength, round after round"
+    return Figure("front-trend", title, _panels(rows), note)
 
 
-def _series(
-    rows: Sequence[Ref], name: str, colour: str, shift: float, rounds: int
-) -> Iterator[Mark]:
-    for row in rows:
-        if row.value["accuracy"] is not None:
-            has_bar = rounds <= MOST_BARS
-            yield Point(
-                name=name,
-                colour=colour,
-                shape="diamond" if colour == COLOURS[None] else "dot",
-                x=row["round"],
-                y=row["accuracy"],
-                low=row["low"] if has_bar else None,
-                high=row["high"] if has_bar else None,
-                shift=shift if has_bar else 0.0,
-            )
+def _trend_table(rows: Ref) -> Table:
+    """Return the trend as numbers: a row per strength, a column per round."""
+    rounds = sorted({row.value["round"] for row in rows})
+    columns = [Column("axis", numeric=False), Column("strength", numeric=False)]
+    columns += [Column(f"round {round_}") for round_ in rounds]
+    made: list[list[Cell]] = []
+    for name in AXES:
+        for strength in _strengths(rows.where(axis=name)):
+            cells = [cell(name), cell(strength_name(strength))]
+            for round_ in rounds:
+                found = rows.where(axis=name, strength=strength, round=round_)
+                cells.append(
+                    Cell(greyed(found[0], number(found[0]["accuracy"])), found[0].value["accuracy"])
+                    if found
+                    else cell(Ref(None), "f3")
+                )
+            made.append(cells)
+    note = "What rests on few prompts is grey."
+    return Table("front-trend-table", "The trend as numbers", columns, made, note, open=False)
+
+
+def _arrival(rows: Ref) -> Iterator[Figure]:
+    """Yield the accuracy of every strength on each round's new batches alone."""
+    if rows:
+        yield Figure(
+            "front-arrival",
+            "Accuracy on arrival by strength",
+            _panels(rows),
+            "Each round's new batches alone, judged by the model of the round before: every point "
+            "is of other comparisons. A strength that falls here is where the new batch differs, "
+            "in its annotators or its prompts. Hollow marks rest on few prompts.",
+        )
+
+
+def _panels(rows: Ref) -> list[Panel]:
+    """Return a panel per axis, in it a series per strength over the rounds."""
+    rounds = sorted({row.value["round"] for row in rows})
+    strengths = _strengths(list(rows))
+    panels = []
+    for name in AXES:
+        marks: list[Mark] = []
+        for i, strength in enumerate(strengths):
+            found = rows.where(axis=name, strength=strength)
+            shift = (i - (len(strengths) - 1) / 2) * SHIFT
+            marks += _series(found, strength, shift if len(rounds) <= MOST_BARS else None)
+        if marks:
+            panels.append(Panel(name, whole("round", rounds), _accuracy(marks), [HALF, *marks]))
+    return panels
+
+
+def _strengths(rows: Sequence[Ref]) -> list[str | None]:
+    """Return the strengths of rows: strongest first, at the end all together."""
+    return sorted({row.value["strength"] for row in rows}, key=strength_order)
+
+
+def _series(rows: Sequence[Ref], strength: str | None, shift: float | None) -> Iterator[Mark]:
+    """Yield a strength's points and the line through them; without `shift` they have no bars."""
+    colour, shape = STYLES.get(strength, OTHER)
+    points = [
+        Point(
+            name=strength_name(strength),
+            colour=colour,
+            shape=shape,
+            x=row["round"],
+            y=row["accuracy"],
+            low=row["low"] if shift is not None else None,
+            high=row["high"] if shift is not None else None,
+            shift=shift or 0.0,
+            hollow=row.value["few"],
+        )
+        for row in rows
+        if row.value["accuracy"] is not None
+    ]
+    if len(points) > 1:
+        yield Thread(points=points, colour=colour)
+    yield from points
 
 
 HALF = Rule(at=0.5, along="y")
@@ -160,6 +236,7 @@ def _by_batch(report: Ref) -> Iterator[Block]:
                 y=row["accuracy"],
                 low=row["low"],
                 high=row["high"],
+                hollow=row.value["few"],
             )
             for row in own
             if row.value["accuracy"] is not None
@@ -172,5 +249,6 @@ def _by_batch(report: Ref) -> Iterator[Block]:
             "Accuracy batch by batch",
             panels,
             "The newest models on the held-out comparisons of every batch. A batch far below its "
-            "neighbours deserves a look at its drift verdict and its annotators.",
+            "neighbours deserves a look at its drift verdict and its annotators. Hollow dots rest "
+            "on few prompts.",
         )

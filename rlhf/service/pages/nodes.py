@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -37,14 +38,14 @@ def one_node(
     """Show a node."""
     opened = facts.open_run(state, run)
     node = facts.find_node(opened, name)
-    metrics = facts.read_metrics(opened, node, names=None, after=None, before=None, points=1)
+    metrics = facts.read_metrics(opened, node, points=1)
     texts = facts.read_samples(opened, node, offset=offset, limit=SAMPLES)
     live = _live(state, opened, name)
     return render(
         request,
         "node.html",
         has_charts=bool(metrics["rows"]) or live["node"]["state"] == "running",
-        metrics=_latest(metrics),
+        metrics=[(name, written(value, "g")) for name, value in metrics["latest"].items()],
         texts=[sample(row) for row in texts["items"]],
         texts_file=texts["file"],
         texts_total=texts["total"],
@@ -65,18 +66,9 @@ def one_node_live(state: StateOf, caller: Viewer, run: str, name: Name) -> HTMLR
 
 def _live(state: State, run: facts.Run, name: str) -> dict[str, Any]:
     node = facts.find_node(run, name)
-    row = next(row for row in facts.node_rows(run) if row.name == name)
+    row = facts.node_row(run, node)
     log = facts.read_log(run, node, lines=LOG_LINES)
     return {"run": run.name, "node": node_view(run.name, row), "log": log}
-
-
-def _latest(metrics: Row) -> list[tuple[str, str]]:
-    """Return name and value of every metric in the newest row that was read."""
-    rows = metrics["rows"]
-    if not rows:
-        return []
-    known = {key: value for row in rows for key, value in row.items() if value is not None}
-    return [(name, written(known[name], "g")) for name in sorted(known) if name != "step"]
 
 
 def sample(row: Row) -> Row:
@@ -93,9 +85,10 @@ def sample(row: Row) -> Row:
         elif isinstance(value, list):
             texts += [(f"{name} {i}", _text(item)) for i, item in enumerate(value, 1)]
     others = [
-        (name.replace("_", " "), _value(value))
+        fact
         for name, value in row.items()
-        if name not in (*TEXTS, "prompt") and isinstance(value, str | int | float)
+        if name not in (*TEXTS, "prompt")
+        for fact in _facts(name, value)
     ]
     return {
         "turns": [turn for turn in turns if isinstance(turn, dict)],
@@ -103,6 +96,15 @@ def sample(row: Row) -> Row:
         "texts": texts,
         "facts": others,
     }
+
+
+def _facts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield a field as name and value, an object's fields each on its own."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _facts(f"{name} {key}", item)
+    elif isinstance(value, str | int | float):
+        yield name.replace("_", " "), _value(value)
 
 
 def _text(item: Any) -> str:

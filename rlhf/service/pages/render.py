@@ -72,7 +72,7 @@ def render(
     message: Message | None = None,
     **values: Any,
 ) -> HTMLResponse:
-    """Return a page for whoever asks; templates also see `caller`, `csrf_field` and `path`.
+    """Return a page for whoever asks; templates also see `caller`, `csrf_field`, `path` and `here`.
 
     `found` is for pages that come before signing in.
     """
@@ -84,6 +84,7 @@ def render(
         caller=found,
         csrf_field=csrf_field(found),
         path=request.url.path,
+        here=address_of(request),
         message=message or carried,
         **values,
     )
@@ -114,6 +115,11 @@ def redirect(target: str, message: Message | None = None) -> Response:
             MESSAGE, value, max_age=MESSAGE_SECONDS, httponly=True, samesite="strict", path="/"
         )
     return response
+
+
+def address_of(request: Request) -> str:
+    """Return where a request went in this service, with its query."""
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 
 def csrf_field(found: Caller) -> Markup:

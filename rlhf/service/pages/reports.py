@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import APIRouter, Form, Query, Request
@@ -16,7 +16,7 @@ from rlhf.report.view.blocks import Block, slug
 from rlhf.report.view.refs import Ref
 from rlhf.report.view.versions import behaviour, decisions, examples, versions_table, win_rates
 from rlhf.service import facts, launching
-from rlhf.service.access import Caller, Operator, StateOf, Viewer
+from rlhf.service.access import Operator, StateOf, Viewer
 from rlhf.service.guards import note
 from rlhf.service.pages.render import Message, redirect, render
 from rlhf.service.pages.runs import error_message, error_status
@@ -53,7 +53,7 @@ def versions(
     b: VersionName = "",
 ) -> HTMLResponse:
     """Compare two versions, by default the newest evaluated one and what it was up against."""
-    return show_versions(request, state, caller, run, a=a, b=b)
+    return _show_versions(request, state, run, a=a, b=b)
 
 
 @router.post("/runs/{run}/promote")
@@ -75,15 +75,14 @@ def promote(
             )
     except RlhfError as error:
         typed = {"version": version, "reason": reason}
-        return show_versions(request, state, caller, run, typed=typed, error=error)
+        return _show_versions(request, state, run, typed=typed, error=error)
     text = f"{version} counts as promoted after round {last}: {reason}"
     return redirect(f"/runs/{quote(opened.name)}/versions", Message(text))
 
 
-def show_versions(
+def _show_versions(
     request: Request,
     state: State,
-    caller: Caller,
     run: str,
     *,
     a: str = "",
@@ -91,7 +90,6 @@ def show_versions(
     typed: Mapping[str, str] | None = None,
     error: RlhfError | None = None,
 ) -> HTMLResponse:
-    """Return the page that compares versions."""
     opened = facts.open_run(state, run)
     root = Ref(facts.run_report(state, opened))
     known = [str(version.value["name"]) for version in root["versions"]]
@@ -118,23 +116,12 @@ def show_versions(
         pair=pair,
         pairs=pairs,
         has_answers=pair in pairs,
-        facts=_side_by_side(root, pair),
         blocks=list(_blocks(root, pair)),
         answers=_answers(root, pair),
         prefix=slug(opened.name),
         current=facts.run_versions(opened),
         typed={"version": "", "reason": "", **(typed or {})},
     )
-
-
-def _side_by_side(root: Ref, pair: tuple[str, str]) -> list[dict[str, Any]]:
-    """Return name, node, state and reasons of both versions."""
-    found = []
-    for name in pair:
-        own = root["versions"].where(name=name)
-        if own:
-            found.append(own[0].value)
-    return found
 
 
 def _blocks(root: Ref, pair: tuple[str, str]) -> list[Block]:

@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, Response
 
 from rlhf.compose import recipes
 from rlhf.errors import ConfigError, RlhfError
+from rlhf.report.view.blocks import Block, Note, slug
 from rlhf.report.view.refs import Ref
 from rlhf.service import facts, launching
 from rlhf.service.access import Caller, Operator, StateOf, Viewer
@@ -30,7 +31,7 @@ from rlhf.service.pages.graph import (
     shown_state,
 )
 from rlhf.service.pages.render import Message, fragment, redirect, render
-from rlhf.service.problems import status_of
+from rlhf.service.problems import Problem, status_of
 from rlhf.service.state import State
 
 router = APIRouter(include_in_schema=False)
@@ -38,21 +39,25 @@ router = APIRouter(include_in_schema=False)
 SILENT_SECONDS = 120.0
 """A running node that reports no step for longer may hang."""
 SHOWN_LAUNCHES = 3
+SHOWN_RUNS = 50
+"""Runs on one page of the overview."""
+BACKGROUND_LINES = 30
 MAX_SETTINGS = 10_000
 """Characters of the settings that a form may bring."""
 START = datetime.min.replace(tzinfo=UTC)
+Offset = Annotated[int, Query(ge=0, le=10**9)]
 
 
 @router.get("/")
-def overview(request: Request, state: StateOf, caller: Viewer) -> HTMLResponse:
-    """Show every run."""
-    return _overview(request, state, caller)
+def overview(request: Request, state: StateOf, caller: Viewer, offset: Offset = 0) -> HTMLResponse:
+    """Show the runs."""
+    return _overview(request, state, offset=offset)
 
 
 @router.get("/live")
-def overview_live(state: StateOf, caller: Viewer) -> HTMLResponse:
+def overview_live(state: StateOf, caller: Viewer, offset: Offset = 0) -> HTMLResponse:
     """Return the part of the overview that changes."""
-    return fragment("_runs.html", runs=_sorted_runs(state))
+    return fragment("_runs.html", **_listed(state, offset))
 
 
 @router.post("/runs")
@@ -75,7 +80,7 @@ def launch_new(
             )
         message = _launch(request, state, caller, run.strip(), recipe=recipe, settings=settings)
     except RlhfError as error:
-        return _overview(request, state, caller, typed=typed, error=error)
+        return _overview(request, state, typed=typed, error=error)
     return redirect(f"/runs/{quote(run.strip())}", message)
 
 
@@ -88,7 +93,7 @@ def one_run(
     rounds: Annotated[str, Query(max_length=10)] = "",
 ) -> HTMLResponse:
     """Show a run: how well its reward models agree with people, and where its nodes stand."""
-    return _one_run(request, state, caller, run, every=rounds == "all")
+    return _one_run(request, state, run, every=rounds == "all")
 
 
 @router.get("/runs/{run}/live")
@@ -116,7 +121,8 @@ def launch(
         name = facts.open_run(state, run).name
         message = _launch(request, state, caller, name, recipe=None, settings=settings)
     except RlhfError as error:
-        return _one_run(request, state, caller, run, typed={"settings": settings}, error=error)
+        typed = {"settings": settings}
+        return _one_run(request, state, run, typed=typed, failed="launch", error=error)
     return redirect(f"/runs/{quote(name)}", message)
 
 
@@ -136,7 +142,7 @@ def cancel(
     try:
         said = launching.cancel(state, opened.name, node=node, user=caller.name)
     except RlhfError as error:
-        return _one_run(request, state, caller, run, error=error)
+        return _one_run(request, state, run, failed="cancel", error=error)
     return redirect(f"/runs/{quote(opened.name)}", Message(str(said)))
 
 
@@ -144,6 +150,9 @@ def graph_values(state: State, run: facts.Run, *, every: bool) -> dict[str, Any]
     """Return what the live part of a run's page shows."""
     rows = facts.node_rows(run)
     drawn = newest_rounds(rows, every=every)
+    launches = _launches(state, run.name)
+    # A launch that waits or was refused has a word of its own.
+    is_gone = (not launches or launches[0].state == "launched") and facts.has_ended_early(run, rows)
     return {
         "run": run.name,
         "svg": graph(run.name, drawn),
@@ -153,8 +162,8 @@ def graph_values(state: State, run: facts.Run, *, every: bool) -> dict[str, Any]
         "counts": counted(rows),
         "rows": [node_view(run.name, row) for row in rows],
         "attention": [node_view(run.name, row) for row in rows if row.has_failed],
-        "launches": _launches(state, run.name),
-        "read": datetime.now(UTC),
+        "launches": launches,
+        "background": facts.read_background(run, lines=BACKGROUND_LINES) if is_gone else None,
     }
 
 
@@ -184,8 +193,8 @@ def error_status(error: RlhfError | None) -> int:
 def _overview(
     request: Request,
     state: State,
-    caller: Caller,
     *,
+    offset: int = 0,
     typed: Mapping[str, str] | None = None,
     error: RlhfError | None = None,
 ) -> HTMLResponse:
@@ -194,32 +203,42 @@ def _overview(
         "runs.html",
         message=error_message(error),
         status_code=error_status(error),
-        runs=_sorted_runs(state),
         recipes=recipes(),
         typed={"run": "", "recipe": "", "settings": "", **(typed or {})},
+        **_listed(state, offset),
     )
 
 
-def _sorted_runs(state: State) -> list[dict[str, Any]]:
-    """Return the runs: those that need somebody, those that run, then the newest first."""
+def _listed(state: State, offset: int) -> dict[str, Any]:
+    """Return a page of the runs: those that need somebody, those that run, then by their start."""
     order = ("failed", "running", "stopped", "waiting", "done")
     found = sorted(facts.list_runs(state), key=lambda run: run.started or START, reverse=True)
     found.sort(key=lambda run: order.index(run.state))
-    return [{"run": run, "total": sum(run.counts.values()), "status": run.state} for run in found]
+    last = max(0, len(found) - 1) // SHOWN_RUNS * SHOWN_RUNS
+    offset = min(offset, last)
+    return {
+        "runs": [
+            {"run": run, "total": sum(run.counts.values()), "status": run.state}
+            for run in found[offset : offset + SHOWN_RUNS]
+        ],
+        "offset": offset,
+        "before": max(0, offset - SHOWN_RUNS) if offset else None,
+        "after": offset + SHOWN_RUNS if offset < last else None,
+        "num_runs": len(found),
+    }
 
 
 def _one_run(
     request: Request,
     state: State,
-    caller: Caller,
     run: str,
     *,
     every: bool = False,
     typed: Mapping[str, str] | None = None,
+    failed: str = "",
     error: RlhfError | None = None,
 ) -> HTMLResponse:
     opened = facts.open_run(state, run)
-    report = Ref(facts.run_report(state, opened))
     values = graph_values(state, opened, every=every)
     return render(
         request,
@@ -227,12 +246,21 @@ def _one_run(
         message=error_message(error),
         status_code=error_status(error),
         summary=facts.run_summary(opened, [item["row"] for item in values["rows"]]),
-        blocks=front(report),
-        prefix=opened.name,
+        blocks=_front(state, opened),
+        prefix=slug(opened.name),
+        failed=failed,
         launcher=opened.config.launcher.kind.name,
         typed={"settings": "", **(typed or {})},
         **values,
     )
+
+
+def _front(state: State, run: facts.Run) -> list[Block]:
+    """Return what the report says first; a report that cannot be made hides nothing else."""
+    try:
+        return front(Ref(facts.run_report(state, run)))
+    except Problem as error:
+        return [Note(str(error), "message stop")]
 
 
 def _launches(state: State, run: str) -> Sequence[Launch]:

@@ -29,8 +29,11 @@ from rlhf.report.compare import compare
 from rlhf.report.page import SECTIONS as MODULES
 from rlhf.report.page import comparison_page, page
 from rlhf.report.view import refs
+from rlhf.report.view.blocks import Figure
+from rlhf.report.view.charts import Panel
+from rlhf.report.view.marks import Point
 from rlhf.report.view.refs import Ref
-from rlhf.report.view.scales import axis
+from rlhf.report.view.scales import axis, whole
 from rlhf.report.write import PAGE, REPORT, write_comparison, write_report
 
 MAX_BYTES = 10_000_000
@@ -269,6 +272,21 @@ def test_axes_end_on_round_numbers(
     assert (found.low, found.high) == pytest.approx(ends)
     if ticks is not None:
         assert [text for _, text in found.ticks] == ticks
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [(1, ["1"]), (10, [str(k) for k in range(1, 11)]), (12, ["2", "4", "6", "8", "10", "12"])],
+)
+def test_many_rounds_have_few_ticks(last: int, ticks: list[str]) -> None:
+    assert [text for _, text in whole("round", range(1, last + 1)).ticks] == ticks
+
+
+def test_a_figure_s_data_is_no_formula() -> None:
+    marks = [Point(name="@SUM(A1)", x=1.0, y=-2.0)]
+    panel = Panel('=cmd|"/C calc"', whole("x", [1]), axis("y", [-2.0]), marks)
+    [_, row] = csv.reader(io.StringIO(Figure("f", "t", [panel]).csv()))
+    assert row[:4] == ['\'=cmd|"/C calc"', "'@SUM(A1)", "1.0", "-2.0"]
 
 
 def test_a_reference_knows_its_place() -> None:

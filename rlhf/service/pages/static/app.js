@@ -28,7 +28,6 @@ const rlhf = (() => {
     if (!answer.ok) {
       const error = new Error(content?.detail ?? `the service answered ${answer.status}`);
       error.status = answer.status;
-      error.problem = content;
       throw error;
     }
     return content;
@@ -45,29 +44,50 @@ const rlhf = (() => {
 
   // Live parts: an element with data-live is filled again from that address while it is visible.
   const LONGEST = 60;
-  const watch = (part) => {
+  // As the browser writes it, so that what came with the page can be compared with what comes later.
+  const normal = (text) => {
+    const holder = document.createElement("template");
+    holder.innerHTML = text;
+    return holder.innerHTML.trim();
+  };
+  const holdsSelection = (part) => {
+    const selection = getSelection();
+    return !selection.isCollapsed && selection.containsNode(part, true);
+  };
+  const ENDS = {
+    401: "You have been signed out: load the page again.",
+    404: "What this page shows is gone: load the page again.",
+  };
+  const watch = (part, first) => {
     const every = Number(part.dataset.every ?? 5);
     let wait = every;
-    let last = null;
+    let last = first;
     let stopped = false;
     const refresh = async () => {
+      wait = Math.min(LONGEST, wait * 2);
+      let answer;
+      let text;
       try {
-        const answer = await fetch(part.dataset.live, { headers: { Accept: "text/html", "X-Live": "1" } });
-        if (answer.status === 401 || answer.redirected) {
-          trouble("You have been signed out: load the page again.");
-          stopped = true;
-          return;
-        }
-        if (!answer.ok) throw new Error(String(answer.status));
-        const text = await answer.text();
-        if (text !== last) replace(part, text);
-        last = text;
-        wait = every;
-        trouble("");
+        answer = await fetch(part.dataset.live, { headers: { Accept: "text/html", "X-Live": "1" } });
+        text = normal(await answer.text());
       } catch {
-        wait = Math.min(LONGEST, wait * 2);
         trouble("The service does not answer; trying again.");
+        return;
       }
+      const end = ENDS[answer.redirected ? 401 : answer.status];
+      if (end || !answer.ok) {
+        trouble(end ?? `The service cannot say how things stand (status ${answer.status}); trying again.`);
+        stopped = end !== undefined;
+        return;
+      }
+      // What somebody is marking to copy stays until they are done.
+      if (text !== last && !holdsSelection(part)) {
+        replace(part, text);
+        last = text;
+      }
+      // What is done seldom changes.
+      wait = part.querySelector("[data-state=done]") ? LONGEST : every;
+      trouble("");
     };
     const loop = async () => {
       if (!document.hidden) await refresh();
@@ -75,9 +95,15 @@ const rlhf = (() => {
     };
     setTimeout(loop, every * 1000);
   };
+  // Elements that a focus may have been on before the part was filled again: same tag, same target.
+  const FOCUSABLE = "a[href], button, input, select, summary, textarea, [tabindex]";
+  const kinOf = (part, element) => all(part, FOCUSABLE).filter((other) =>
+    other.tagName === element.tagName && other.id === element.id &&
+    other.getAttribute("href") === element.getAttribute("href") &&
+    other.dataset.keep === element.dataset.keep);
   const replace = (part, text) => {
     const focused = part.contains(document.activeElement) ? document.activeElement : null;
-    const target = focused?.getAttribute("href") ?? focused?.id;
+    const place = focused ? kinOf(part, focused).indexOf(focused) : -1;
     const open = new Set(all(part, "details[open][id]").map((item) => item.id));
     const isAtEnd = (e) => e.scrollTop + e.clientHeight >= e.scrollHeight - 4;
     const scrolled = new Map(all(part, "[data-keep]").map(
@@ -90,11 +116,8 @@ const rlhf = (() => {
       item.scrollLeft = left;
       item.scrollTop = Math.min(top, item.scrollHeight);
     }
-    if (target) {
-      all(part, "[href], [id]").find((e) => e.getAttribute("href") === target || e.id === target)?.focus();
-    }
     prepare(part);
-    part.dispatchEvent(new CustomEvent("renewed", { bubbles: true }));
+    if (focused) (kinOf(part, focused)[place] ?? kinOf(part, focused)[0])?.focus({ preventScroll: true });
   };
 
   // A second click on a form's button sends nothing; going back makes it usable again.
@@ -118,9 +141,10 @@ const rlhf = (() => {
     showTimes(root);
     sendOnce(root);
   };
+  const parts = all(document, "[data-live]").map((part) => [part, normal(part.innerHTML)]);
   prepare(document);
   // A log is read from its end.
   for (const log of all(document, "pre[data-keep]")) log.scrollTop = log.scrollHeight;
-  for (const part of all(document, "[data-live]")) watch(part);
-  return { all, announce, trouble, api };
+  for (const [part, first] of parts) watch(part, first);
+  return { announce, trouble, api };
 })();

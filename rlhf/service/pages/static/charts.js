@@ -1,5 +1,6 @@
 "use strict";
-// Metrics of a node as charts, one per metric, from the API; drawn again while the node runs.
+// Metrics of a node as charts, one per metric, from the API; drawn again while the node runs, and
+// once more when it has ended.
 (() => {
   const place = document.querySelector("[data-charts]");
   if (!place || typeof Plotly === "undefined") return;
@@ -55,9 +56,14 @@
     }
   };
   dark.addEventListener("change", () => { if (content) draw(content); });
+  const stateNow = () => document.querySelector("[data-state]")?.dataset.state;
+  let before = stateNow();
   const loop = async () => {
-    const state = document.querySelector("[data-state]")?.dataset.state;
-    if (!document.hidden && state !== "done") await load();
+    const state = stateNow();
+    if (!document.hidden && (state === "running" || state !== before)) {
+      await load();
+      before = state;
+    }
     setTimeout(loop, EVERY * 1000);
   };
   load();

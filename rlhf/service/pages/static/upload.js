@@ -28,6 +28,11 @@
     }
     result.replaceChildren(box, ...(rows.length ? [list] : []));
   };
+  // Names become folders, so they have letters, digits, dots, dashes and underscores only.
+  field("file").addEventListener("change", () => {
+    const name = field("file").files[0]?.name ?? "";
+    field("name").value = name.replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").replace(/-+\./g, ".");
+  });
   const parse = (text) => {
     try { return JSON.parse(text); } catch { return {}; }
   };
@@ -46,7 +51,7 @@
       say(`The file is larger than ${form.dataset.maxMb} MiB (service.max_upload_mb): use rlhf ingest.`, "stop");
       return;
     }
-    const query = new URLSearchParams({ name: file.name, on_bad_row: field("policy").value });
+    const query = new URLSearchParams({ name: field("name").value.trim() || file.name, on_bad_row: field("policy").value });
     if (field("kind").value) query.set("kind", field("kind").value);
     const target = `/api/v1/streams/${encodeURIComponent(stream)}/batches?${query}`;
     // The same file sent again after a broken connection is the same request.
