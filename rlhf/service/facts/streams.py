@@ -11,12 +11,13 @@ from rlhf.data.ingest import NAME
 from rlhf.data.ledger import FOLDERS, Store
 from rlhf.data.records import Kind
 from rlhf.data.tombstones import FOLDER as TOMBSTONES
-from rlhf.errors import ArtifactError, RlhfError
+from rlhf.errors import ArtifactError
 from rlhf.service.facts import checks
 from rlhf.service.facts.checks import Manifests
-from rlhf.service.facts.files import finite, not_found, rows, steadily
+from rlhf.service.facts.files import UNREADABLE, finite, not_found, rows, steadily
 from rlhf.service.facts.runs import Run, known_runs, open_run
 from rlhf.service.state import State
+from rlhf.supply import reads_store
 
 MAX_ROWS = 100
 """Refused and excluded rows that a batch's report holds; the store's files hold them all."""
@@ -78,7 +79,7 @@ def list_batches(
 ) -> list[BatchRow]:
     """Return the batches and sets of a stream, or a part of the list, oldest first."""
     store = open_stream(state, stream)
-    runs = [run for run in _runs(state) if _reads(run, store)]
+    runs = [run for run in _runs(state) if reads_store(run.config, store)]
     entries = {kind: _entries(store, kind) for kind in FOLDERS}
     found = [
         (manifest["sequence"], kind, id, manifest)
@@ -108,7 +109,7 @@ def batch_report(state: State, stream: str, id: str, *, kind: str | None = None)
     manifest, folder = entries[which][id], store.path(which, id)
     originals = _originals(entries.get(Kind.batch, {}))
     is_original = which is Kind.batch and id in originals
-    runs = [run for run in _runs(state) if _reads(run, store)]
+    runs = [run for run in _runs(state) if reads_store(run.config, store)]
     return {
         "manifest": finite({name: value for name, value in manifest.items() if name != "files"}),
         "drift": checks.drift(store, originals, id)["report"] if is_original else None,
@@ -141,15 +142,9 @@ def _runs(state: State) -> Iterator[Run]:
     for name in known_runs(state):
         try:
             yield open_run(state, name)
-        except RlhfError:
+        except UNREADABLE:
             # The overview of runs says why.
             continue
-
-
-def _reads(run: Run, store: Store) -> bool:
-    """Tell whether a run reads a stream of this very store."""
-    is_here = Path(run.config.paths.store).resolve() == store.root.resolve()
-    return is_here and run.config.data.stream == store.stream
 
 
 def _stream(state: State, name: str, runs: list[Run]) -> StreamRow:
@@ -168,7 +163,7 @@ def _stream(state: State, name: str, runs: list[Run]) -> StreamRow:
         ingested=batches[newest]["ingested"] if newest else "",
         heldout_share=split["heldout_share"],
         withdrawals=sum(1 for _ in (store.folder / TOMBSTONES).glob("[0-9]*.json")),
-        runs=[run.name for run in runs if _reads(run, store)],
+        runs=[run.name for run in runs if reads_store(run.config, store)],
     )
 
 
