@@ -57,7 +57,9 @@ class Call:
 
 COMMANDS = {
     "run": Command("run every node that is not done, here, in order"),
-    "launch": Command("submit the same plan as jobs", extra={"dry_run": "false"}),
+    "launch": Command(
+        "submit the same plan as jobs", extra={"dry_run": "false", "detach": "false"}
+    ),
     "cancel": Command("end the jobs of a run", extra={"node": ""}),
     "stage": Command("run one node of a run's frozen plan", ("NODE",)),
     "plan": Command("print nodes, inputs, state and expected cost"),

@@ -107,22 +107,28 @@ def stage(config: Config, node: str) -> int:
     return conclude(config, folder / node, code)
 
 
-def launch(config: Config, *, dry_run: str) -> int:
+def launch(config: Config, *, dry_run: str, detach: str) -> int:
     out = console()
     kind = config.launcher.kind
+    is_detached = _flag("detach", detach)
     if _flag("dry_run", dry_run):
         drafted, _ = runner.draft(config)
         nodes = runner.within_limit(config, drafted)
         operator.show_jobs(config, nodes, run_dir(config), out)
         return 0
+    needs_follower = config.launcher.follow
     if kind is not LauncherKind.local:
+        scheduler = operator.open_launcher(config)
         # Without an answer nothing is written.
-        operator.open_launcher(config).poll()
+        scheduler.poll()
+        needs_follower |= not scheduler.orders_jobs
     prepared = runner.prepare(config, out)
     write_versions(config, prepared.plan, prepared.folder)
     nodes = runner.within_limit(config, prepared.plan)
     if kind is LauncherKind.local:
         operator.launch_here(config, prepared.folder, out)
+    elif is_detached and needs_follower:
+        operator.follow_here(config, prepared.folder, out)
     else:
         operator.launch_jobs(config, nodes, prepared.folder, out)
     return 0

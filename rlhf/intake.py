@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.data.ingest import IngestReport, ingest_file
+from rlhf.data.ingest import NAME, Check, IngestReport, ingest_file, unchecked
 from rlhf.data.ledger import Progress, Store, silent
-from rlhf.data.records import Kind
+from rlhf.data.records import AXES, Kind
 from rlhf.data.similar import RepeatRules
 from rlhf.datacheck import batch_headline
 from rlhf.errors import ConfigError
@@ -26,12 +26,28 @@ def chosen_kind(config: Config) -> Kind | None:
     return Kind[name]
 
 
+def check_settings(config: Config) -> None:
+    """Refuse settings with which every file would be refused; raises ConfigError."""
+    chosen_kind(config)
+    settings = config.ingest
+    if settings.axis is not None and settings.axis not in AXES:
+        known = ", ".join(AXES)
+        raise ConfigError(f"ingest.axis={settings.axis} is unknown: choose one of {known}")
+    if not NAME.fullmatch(settings.stream):
+        raise ConfigError(
+            f"ingest.stream={settings.stream} cannot name a stream: use up to 100 letters, digits, "
+            "dots, dashes and underscores"
+        )
+
+
 def target_store(config: Config) -> Store:
     """Return the stream that `ingest.stream` names."""
     return Store(Path(config.paths.store), config.ingest.stream)
 
 
-def add_file(config: Config, path: Path, *, progress: Progress = silent) -> IngestReport:
+def add_file(
+    config: Config, path: Path, *, check: Check = unchecked, progress: Progress = silent
+) -> IngestReport:
     """Validate a file and add it to the store; errors are those of `ingest_file`."""
     settings = config.ingest
     return ingest_file(
@@ -48,6 +64,7 @@ def add_file(config: Config, path: Path, *, progress: Progress = silent) -> Inge
         repeats=RepeatRules.of(settings),
         supersedes=settings.supersedes,
         reason=settings.reason,
+        check=check,
         progress=progress,
     )
 

@@ -1,4 +1,4 @@
-"""A lease keeps two processes off the same node.
+"""A lease keeps two processes off the same node, and a lock keeps two runners off the same run.
 
 The holder is known by host, process id and process start time, and renews a heartbeat. Others take
 over at once when that process has ended, or when the heartbeat stays away where they cannot look.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import secrets
@@ -22,9 +23,14 @@ from pathlib import Path
 from rlhf.artifacts import write_bytes
 from rlhf.errors import LeaseError
 
+log = logging.getLogger(__name__)
+
 LEASE = "lease.json"
 HEARTBEAT_SECONDS = 10.0
 MISSED_SECONDS = 120.0
+RUN_LOCK = "run.lock"
+LOCK_TRIES, LOCK_PAUSE = 10, 0.1
+"""How often, and with which pause in seconds, a lock is tried that somebody only looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +162,22 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with self._locked():
-                holder = self.read()
-                if holder is None or holder.token != self._token or self._stop.is_set():
-                    self.lost = not self._stop.is_set()
+            try:
+                if not self._renew():
                     return
-                self._write()
+            except OSError as error:
+                # A disk that is full or away for a while must not cost the lease.
+                log.warning("%s is not renewed: %s", self.path, error)
+
+    def _renew(self) -> bool:
+        """Write a new heartbeat; False where the lease has been given back or taken over."""
+        with self._locked():
+            holder = self.read()
+            if holder is None or holder.token != self._token or self._stop.is_set():
+                self.lost = not self._stop.is_set()
+                return False
+            self._write()
+            return True
 
     def _write(self) -> None:
         holder = this_process(self._token)
@@ -173,3 +189,36 @@ class Lease:
         with self.path.with_name(f".{LEASE}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other runners off a run while the block runs; raises LeaseError.
+
+    The lock ends with its process.
+    """
+    with (folder / RUN_LOCK).open("a") as lock:
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not left:
+                    raise LeaseError(
+                        f"another process runs {folder}: wait until it has ended, or end it, with "
+                        "`rlhf cancel` where `rlhf launch` started it"
+                    ) from error
+                time.sleep(LOCK_PAUSE)
+        yield
+
+
+def is_run_locked(folder: Path) -> bool:
+    """Tell whether a process runs a run's nodes."""
+    try:
+        with (folder / RUN_LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

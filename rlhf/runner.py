@@ -6,10 +6,12 @@ killed goes on from its last checkpoint; a new batch or a higher `rounds.limit` 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +23,17 @@ from rlhf.compose import RUN_FILE, freeze, run_dir
 from rlhf.config import Annotators, Config, OnChange
 from rlhf.cost.energy import drop_readings
 from rlhf.cost.estimate import freeze_estimate
-from rlhf.errors import DISK_FULL, STOPPED_EXIT, ConfigError, StageError, Stopped
+from rlhf.errors import (
+    DISK_FULL,
+    STOPPED_EXIT,
+    ArtifactError,
+    ConfigError,
+    StageError,
+    Stopped,
+)
 from rlhf.fingerprint import STAGES, differences, flat_config, read_flat
 from rlhf.launch.local import PLAN, NodeServer
+from rlhf.lease import run_lock
 from rlhf.nodes import Node
 from rlhf.plan import Listing, Plan, Round, build_plan, check_sets, waiting_batches
 from rlhf.progress import duration, follow
@@ -62,9 +72,28 @@ class Prepared:
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """Return a run's plan, or None before its first start."""
+    """Return a run's plan, or None before its first start; ArtifactError for a damaged one."""
     path = folder / PLAN
-    return Plan.from_json(read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    tree = read_json(path)
+    try:
+        return Plan.from_json(tree)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is no plan ({type(error).__name__}: {error}); restore it from a backup"
+        ) from error
+
+
+@contextmanager
+def plan_lock(folder: Path) -> Iterator[None]:
+    """Let one at a time change the plan of a run; a new run has no plan that others know."""
+    if not folder.is_dir():
+        yield
+        return
+    with folder.with_name(f".{folder.name}.{PLAN}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def draft(config: Config) -> tuple[Plan, Listing]:
@@ -83,17 +112,18 @@ def extend(config: Config) -> tuple[Round, ...]:
     stays without a plan.
     """
     folder = run_dir(config)
-    previous = read_plan(folder)
-    if previous is None:
-        return ()
-    drafted, _ = draft(config)
-    added = drafted.rounds[len(previous.rounds) :]
-    if added:
-        # Which corrections an earlier round takes in is decided when the run goes on.
-        rounds = (*previous.rounds, *added)
-        plan = replace(drafted, rounds=rounds, as_of=previous.as_of)
-        write_json(folder / PLAN, plan.to_json())
-    return added
+    with plan_lock(folder):
+        previous = read_plan(folder)
+        if previous is None:
+            return ()
+        drafted, _ = draft(config)
+        added = drafted.rounds[len(previous.rounds) :]
+        if added:
+            # Which corrections an earlier round takes in is decided when the run goes on.
+            rounds = (*previous.rounds, *added)
+            plan = replace(drafted, rounds=rounds, as_of=previous.as_of)
+            write_json(folder / PLAN, plan.to_json())
+        return added
 
 
 def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES) -> Prepared:
@@ -108,10 +138,11 @@ def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STA
     if config.toy.enabled:
         for name in fill_from_toy_world(config):
             console.print(f"[dim]ingested {name} into stream {config.data.stream}[/dim]")
-    plan, listing = draft(config)
-    if _check_started(config, plan, listing, folder, console, stages=stages):
+    with plan_lock(folder):
         plan, listing = draft(config)
-    _freeze(config, plan, folder)
+        if _check_started(config, plan, listing, folder, console, stages=stages):
+            plan, listing = draft(config)
+        _freeze(config, plan, folder)
     freeze_estimate(config, plan, folder)
     todo = tuple(node for node in within_limit(config, plan) if not _is_done(folder, node))
     for node in within_limit(config, plan):
@@ -124,11 +155,24 @@ def prepare(config: Config, console: Console, *, stages: Mapping[str, str] = STA
 def run(config: Config, console: Console, *, stages: Mapping[str, str] = STAGES) -> Prepared:
     """Run every node that is not done; raises StageError when one fails.
 
-    A failure stops what depends on it and nothing else.
+    A failure stops what depends on it and nothing else. Raises LeaseError while another process
+    runs the same run.
     """
     _refuse_machines(config)
-    prepared = prepare(config, console, stages=stages)
-    plan, folder, todo = prepared.plan, prepared.folder, prepared.todo
+    folder = run_dir(config)
+    with ExitStack() as held:
+        # A new run gets its folder, and with it the lock, only when its configuration is accepted.
+        is_new = not folder.is_dir()
+        if not is_new:
+            held.enter_context(run_lock(folder))
+        prepared = prepare(config, console, stages=stages)
+        if is_new:
+            held.enter_context(run_lock(folder))
+        return _run_prepared(prepared, console, stages=stages)
+
+
+def _run_prepared(prepared: Prepared, console: Console, *, stages: Mapping[str, str]) -> Prepared:
+    config, plan, folder, todo = prepared.config, prepared.plan, prepared.folder, prepared.todo
     write_versions(config, plan, folder)
     if not todo:
         total = len(within_limit(config, plan))

@@ -31,6 +31,12 @@ def open_store(config: Config) -> Store:
     return Store(Path(config.paths.store), config.data.stream)
 
 
+def reads_store(config: Config, store: Store) -> bool:
+    """Tell whether a run reads a stream of this very store."""
+    is_here = Path(config.paths.store).resolve() == store.root.resolve()
+    return is_here and config.data.stream == store.stream
+
+
 def list_store(config: Config) -> Listing:
     """List the ids and digests of every kind in a run's stream, in ingest order."""
     store = open_store(config)

@@ -28,6 +28,7 @@ from rlhf.plan import Plan
 from rlhf.resolve import inputs_from_json
 from rlhf.runner import read_plan
 from rlhf.state import INPUTS, is_started
+from rlhf.supply import reads_store
 
 TRAINED, SAMPLED, SCORED, HELD_OUT = "trained on", "sampled for", "scored", "held out"
 
@@ -59,9 +60,8 @@ def find_usage(runs: Path, store: Store, stone: Tombstone) -> list[RunUsage]:
     found = []
     for name in known_runs(runs):
         config = load_frozen(runs / name)
-        is_here = Path(config.paths.store).resolve() == store.root.resolve()
         plan = read_plan(runs / name)
-        if plan is None or config.data.stream != store.stream or not is_here:
+        if plan is None or not reads_store(config, store):
             continue
         nodes = []
         for node in (node for node in plan.nodes if is_started(runs / name / node.name)):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rlhf import runner
 from rlhf.artifacts import write_jsonl
-from rlhf.compose import load
+from rlhf.compose import RUN_FILE, load
 from rlhf.service.state import State
 
 STREAM = "weekly"
@@ -51,6 +51,8 @@ def make_people_run(state: State, *more: str) -> Path:
     root, name = _planned(more)
     shutil.copytree(root / "runs", state.runs, dirs_exist_ok=True)
     shutil.copytree(root / "store", state.store, dirs_exist_ok=True)
+    settings = state.runs / name / RUN_FILE
+    settings.write_text(settings.read_text().replace(str(root / "store"), str(state.store)))
     return state.runs / name
 
 

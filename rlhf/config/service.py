@@ -67,7 +67,7 @@ class Service:
     poll_seconds: float = execution(5.0)
     """Time between two looks into the inbox."""
     settle_seconds: float = execution(5.0)
-    """A file that has not grown for so long is complete."""
+    """A file that has not changed for so long is complete."""
     autolaunch: bool = execution(False)
     """Launch the runs of a stream when its inbox brought them a batch."""
     max_upload_mb: int = execution(1024)

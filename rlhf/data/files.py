@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.errors import DataError
+from rlhf.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,6 +19,8 @@ PARQUET_MAGIC = b"PAR1"
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_VALUE_CHARS = 80
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What a wrong path leads to; any other trouble with a file is the machine's."""
 """Length of a value that is quoted in a message."""
 
 BLOCK_BYTES = 4 << 20
@@ -84,12 +86,17 @@ def storable(text: str) -> str:
 
 
 def file_format(path: Path) -> str:
-    """Return jsonl, jsonl.gz or parquet, by the first bytes; DataError when there is no file."""
+    """Return jsonl, jsonl.gz or parquet, by the first bytes; DataError when there is no file.
+
+    Raises ArtifactError where the machine cannot read it.
+    """
     try:
         with path.open("rb") as file:
             magic = file.read(4)
-    except OSError as error:
+    except NO_FILE as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); try again") from error
     if not magic:
         raise DataError(f"{path} is empty; give a file with at least one row")
     if magic == PARQUET_MAGIC or path.suffix == ".parquet":
@@ -98,7 +105,10 @@ def file_format(path: Path) -> str:
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """Yield the file in blocks, in order. Raises DataError when it is damaged as a whole."""
+    """Yield the file in blocks, in order. Raises DataError when it is damaged as a whole.
+
+    Raises ArtifactError where the machine cannot read what may be whole.
+    """
     found = file_format(path)
     try:
         if found == "parquet":
@@ -108,6 +118,9 @@ def read_blocks(path: Path) -> Iterator[Block]:
             file = gzip.GzipFile(fileobj=raw) if found == "jsonl.gz" else raw
             yield from _read_lines(file.read, raw.tell)
     except (OSError, EOFError, zlib.error) as error:
+        # Errors with a number are the system's; a damaged gzip file has none.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ArtifactError(f"{path} cannot be read ({_one_line(error)}); try again") from error
         raise DataError(f"{path} is damaged ({_one_line(error)}); fetch it again") from error
 
 
@@ -205,6 +218,8 @@ def _read_parquet(path: Path) -> Iterator[Rows]:
                 yield Rows(first, batch, done)
                 first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise DataError(
             f"{path} is not a complete Parquet file ({_one_line(error)}); fetch it again"
         ) from error

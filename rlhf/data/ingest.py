@@ -56,8 +56,15 @@ MAX_THREADS = 4
 """Blocks that are worked on at once: hashing holds Python's lock, more would only take memory."""
 QUARANTINE = "ingest.on_bad_row=quarantine"
 
+Check = Callable[[], None]
+"""Called when a file has been read and nothing is added yet; what it raises ends the ingest."""
+
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+
+def unchecked() -> None:
+    """Add what was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,7 @@ class _Target:
     kind: Kind
     id: str
     correction: Correction | None
+    check: Check
 
 
 def ingest_file(
@@ -122,6 +130,7 @@ def ingest_file(
     repeats: RepeatRules | None = None,
     supersedes: str | None = None,
     reason: str = "",
+    check: Check = unchecked,
     progress: Progress = silent,
 ) -> IngestReport:
     """Validate a file and add it to the store as one immutable batch or set.
@@ -141,7 +150,7 @@ def ingest_file(
         correction = open_correction(
             store, kind, of=supersedes, reason=reason, path=path, id=given, default=id
         )
-    target = _Target(store, kind, correction.id if correction else id, correction)
+    target = _Target(store, kind, correction.id if correction else id, correction, check)
     source = correction.of if correction else id
     defaults = Defaults(source, axis, is_safety_default, name=target.id)
     rules = Rules(heldout_share, heldout_salt, max_chars)
@@ -209,6 +218,7 @@ def _add(
         beside=(judged.write_notes, judged.write_sketches),
         tombstone=stone,
     )
+    target.check()
     if store.add(entry, **split, position=history.position):
         return _report(store, kind, id, manifest, judged, added=True)
     return None

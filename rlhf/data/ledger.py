@@ -308,7 +308,7 @@ class Store:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                raise DataError(
+                raise ArtifactError(
                     f"{self.folder} cannot be locked ({error.strerror}), so that two ingests could "
                     "collide; put paths.store on a file system with flock"
                 ) from error

@@ -17,6 +17,8 @@ from rlhf.artifacts import read_jsonl
 from rlhf.errors import STOPPED_EXIT
 
 EXITS = "exits.jsonl"
+SUBMITTED = ".submitted"
+"""File in a node's folder whose time is that of its newest job."""
 
 PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time_limit", "node_failure"
 OUT_OF_MEMORY, ERROR = "out_of_memory", "error"
@@ -96,6 +98,22 @@ def note_exit(folder: Path, entry: Exit) -> None:
 def read_exits(folder: Path) -> list[Exit]:
     """Return the ends of a node's jobs, oldest first."""
     return [Exit(**row) for row in read_jsonl(folder / EXITS)]
+
+
+def note_submission(folder: Path) -> None:
+    """Note that a node has a new job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUBMITTED).touch()
+
+
+def is_submitted_again(folder: Path) -> bool:
+    """Tell whether a node has got a new job since one of its jobs noted an end."""
+    try:
+        submitted = (folder / SUBMITTED).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    exits = read_exits(folder)
+    return not exits or exits[-1].time < submitted
 
 
 def count_failures(exits: list[Exit], job: str, failure: str) -> int:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,13 +17,15 @@ from rich.console import Console
 from rlhf.artifacts import NodeDir, write_json
 from rlhf.config import Config, LauncherKind
 from rlhf.errors import ConfigError, LauncherError, StageError
-from rlhf.launch.failures import read_exits, why
+from rlhf.launch.failures import is_submitted_again, read_exits, why
 from rlhf.launch.jobs import Job, Launcher, next_submissions
-from rlhf.lease import process_start
+from rlhf.lease import is_run_locked, process_start
 from rlhf.nodes import Node
 
 BACKGROUND = "background.json"
 BACKGROUND_LOG = "background.txt"
+END_SECONDS = 10.0
+"""Longest wait for a process that follows jobs, which ends at once."""
 
 
 def open_launcher(config: Config) -> Launcher:
@@ -76,23 +79,40 @@ def launch_jobs(config: Config, nodes: Sequence[Node], folder: Path, console: Co
 
 
 def launch_here(config: Config, folder: Path, console: Console) -> None:
-    """Start `rlhf run` in the background of this machine, unless it runs already."""
-    pid = background_process(folder)
-    if pid is not None:
-        console.print(f"process {pid} runs {config.run} already", highlight=False)
+    """Start `rlhf run` in the background of this machine, unless the run is run already."""
+    if background_process(folder) is None and is_run_locked(folder):
+        console.print(f"another process runs {config.run} already", highlight=False)
         return
-    arguments = ["run", f"run={config.run}", f"paths.runs={config.paths.runs}"]
+    _start_background(config, folder, console, "run", does="runs")
+
+
+def follow_here(config: Config, folder: Path, console: Console) -> None:
+    """Follow the jobs from the background of this machine, unless somebody does already."""
+    _start_background(config, folder, console, "launch", "launcher.follow=true", does="follows")
+
+
+def _start_background(
+    config: Config, folder: Path, console: Console, command: str, *settings: str, does: str
+) -> None:
+    from rlhf.launch.reconciler import launch_lock
+
+    arguments = [command, f"run={config.run}", f"paths.runs={config.paths.runs}", *settings]
     log = folder / BACKGROUND_LOG
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "rlhf.cli", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    write_json(folder / BACKGROUND, {"pid": child.pid, "start": process_start(child.pid)})
-    console.print(f"process {child.pid} runs {config.run}; its output: {log}", highlight=False)
+    with launch_lock(folder):
+        pid = background_process(folder)
+        if pid is not None:
+            console.print(f"process {pid} {does} {config.run} already", highlight=False)
+            return
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "rlhf.cli", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        write_json(folder / BACKGROUND, {"pid": child.pid, "start": process_start(child.pid)})
+    console.print(f"process {child.pid} {does} {config.run}; its output: {log}", highlight=False)
 
 
 def background_process(folder: Path) -> int | None:
@@ -111,14 +131,20 @@ def cancel_jobs(config: Config, folder: Path, console: Console, *, node: str) ->
     Raises ConfigError for a node without a job.
     """
     if config.launcher.kind is LauncherKind.local:
-        pid = background_process(folder)
+        if node:
+            raise ConfigError(
+                f"node={node} has no job of its own with launcher=local, where one process runs "
+                "all nodes: leave node out to end that one"
+            )
+        pid = _end_background(folder)
         if pid is None:
             console.print(f"no process started by `rlhf launch` runs {config.run}")
             return
-        os.kill(pid, signal.SIGTERM)
         console.print(f"process {pid} saves its state and stops", highlight=False)
         return
     launcher = open_launcher(config)
+    if not node:
+        _end_follower(folder, console)
     alive = [job for job in launcher.poll().values() if job.is_alive]
     if node:
         alive = [job for job in alive if job.node == node]
@@ -127,6 +153,28 @@ def cancel_jobs(config: Config, folder: Path, console: Console, *, node: str) ->
     launcher.cancel(alive)
     names = ", ".join(f"{job.node} (job {job.id})" for job in alive) or "nothing: no job is alive"
     console.print(f"cancelled {names}", highlight=False)
+
+
+def _end_background(folder: Path) -> int | None:
+    """Ask the process in the background to end; returns it, None where there is none."""
+    pid = background_process(folder)
+    if pid is None:
+        return None
+    # It may end by itself in between.
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    return pid
+
+
+def _end_follower(folder: Path, console: Console) -> None:
+    """End the process that follows the jobs, so that it submits none while they are cancelled."""
+    pid = _end_background(folder)
+    if pid is None:
+        return
+    end = time.monotonic() + END_SECONDS
+    while background_process(folder) is not None and time.monotonic() < end:
+        time.sleep(0.1)
+    console.print(f"process {pid} follows them no longer", highlight=False)
 
 
 def known_jobs(config: Config, console: Console) -> dict[str, Job]:
@@ -151,9 +199,12 @@ def describe_job(job: Job | None) -> str:
 
 
 def failure_of(folder: Path, job: Job | None) -> str:
-    """Return why a node that is not done and has no living job ended last, "" if it never did."""
+    """Return why a node that is not done and has no living job ended last, "" if it never did.
+
+    Without a job, as where no scheduler was asked, an end before the newest submission is over.
+    """
     exits = read_exits(folder)
     if job is None:
-        return exits[-1].failure if exits else ""
+        return exits[-1].failure if exits and not is_submitted_again(folder) else ""
     own = exits[-1].failure if exits and exits[-1].job == job.id else ""
     return why(own, job.failure)

@@ -17,6 +17,7 @@ from rlhf.errors import LauncherError
 from rlhf.launch.failures import (
     NODE_FAILURE,
     PARENT_FAILED,
+    note_submission,
     read_exits,
     remedy,
     why,
@@ -88,6 +89,8 @@ class Reconciler:
         nodes = list(self._nodes.values())
         alive, submitted = reconcile(nodes, self._launcher, jobs, done=done, held=set(self.held))
         self._watched |= {*alive, *submitted}
+        for name in submitted:
+            note_submission(self._folder / name)
         return alive, submitted
 
     def _judge_ended(self, jobs: Mapping[str, Job], done: set[str], console: Console) -> None:

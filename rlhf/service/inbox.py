@@ -2,35 +2,46 @@
 
 FILE or STREAM/FILE waits; accepted/ and refused/ hold what was done with it, each file with its
 report beside it. Names that start with a dot or end in .tmp or .part are still being written.
+Every name is taken as it is: some file systems read [ and * in it as a pattern.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from rlhf.artifacts import digest_json, write_parts
 from rlhf.errors import ConfigError
 from rlhf.service.state import State
+
+log = logging.getLogger(__name__)
 
 ACCEPTED, REFUSED = "accepted", "refused"
 REPORT = ".report.json"
 """What a file's report adds to its name."""
 LOCK = ".watch.lock"
 UNFINISHED = (".tmp", ".part")
-MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "created")
+MARKS = (
+    *("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "modify"),
+    *("modificationTime", "created"),
+)
 """Under which names file systems tell that a file has changed, the most certain first."""
 MAX_NAME = 400
 """Longest name of a file, its stream's folder included; the table has room for more."""
+MAX_FILE_BYTES = 200
+"""Longest name of a file in its folder: a report's name, and one for writing it, are longer."""
 PIECE_BYTES = 2**20
 
 
@@ -42,12 +53,6 @@ class Waiting:
     size: int
     mark: str
 
-    @property
-    def stream(self) -> str | None:
-        """Stream that its folder names; None for a file in the inbox itself."""
-        folder, _, _ = self.name.rpartition("/")
-        return folder or None
-
 
 class Inbox:
     """Looks into an inbox, takes files out of it, and files them under what became of them."""
@@ -56,10 +61,16 @@ class Inbox:
         self.url = url
         self.fs, root = fsspec.core.url_to_fs(url)
         self.root = root.rstrip("/")
+        self._has_folders = False
+        self._left_out: set[str] = set()
+
+    def reopen(self) -> None:
+        """Connect anew: some file systems never come back by themselves."""
+        self.fs, _ = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
 
     @cached_property
     def key(self) -> str:
-        """Name of the inbox in the database; it holds no password."""
+        """Name of the inbox in the database: protocol and path, neither user nor password."""
         return str(self.fs.unstrip_protocol(self.root))[:500]
 
     @cached_property
@@ -71,19 +82,33 @@ class Inbox:
         """Make the folders that are missing."""
         for folder in (ACCEPTED, REFUSED):
             self.fs.makedirs(f"{self.root}/{folder}", exist_ok=True)
+        # Stores of objects have none: there an empty inbox does not exist.
+        self._has_folders = bool(self.fs.isdir(self.root))
 
     def waiting(self) -> list[Waiting]:
-        """Return the files that wait, by name."""
+        """Return the files that wait, by name; raises FileNotFoundError where the inbox is gone."""
         found = []
-        for entry in self._entries(self.root):
+        for entry in self._entries(self.root, needed=self._has_folders):
             name = PurePosixPath(entry["name"].rstrip("/")).name
             if entry["type"] == "file":
                 found += self._known(name, entry)
             elif entry["type"] == "directory" and _is_stream(name):
-                for inner in self._entries(f"{self.root}/{name}"):
-                    if inner["type"] == "file":
-                        found += self._known(f"{name}/{PurePosixPath(inner['name']).name}", inner)
+                found += self._stream_files(name)
         return sorted(found, key=lambda item: item.name)
+
+    def _stream_files(self, stream: str) -> list[Waiting]:
+        try:
+            entries = self._entries(f"{self.root}/{stream}")
+        except PermissionError as error:
+            self._leave_out(stream, f"its folder cannot be read ({error.strerror})")
+            return []
+        files = [entry for entry in entries if entry["type"] == "file"]
+        names = [f"{stream}/{PurePosixPath(entry['name']).name}" for entry in files]
+        return [
+            item
+            for name, entry in zip(names, files, strict=True)
+            for item in self._known(name, entry)
+        ]
 
     def find(self, name: str) -> Waiting | None:
         """Return a file as it is now; None where it is gone."""
@@ -103,18 +128,41 @@ class Inbox:
         self.fs.get_file(f"{self.root}/{name}", str(path))
         return path
 
-    def file_under(self, outcome: str, item: Waiting, report: Mapping[str, Any]) -> str:
+    def file_under(
+        self, outcome: str, item: Waiting, report: Mapping[str, Any], target: str = ""
+    ) -> str:
         """Write a file's report and move the file beside it; returns its new path in the inbox.
 
-        Nothing is overwritten: a name that is taken gets a number. A report without its file, left
-        by a kill, is known by the file's mark and written again.
+        Nothing is overwritten: a name that is taken gets a number. A `target` that `filed` has
+        found has the report already.
         """
-        target = self._free(outcome, item)
-        text = json.dumps({**report, "mark": item.mark}, indent=2, ensure_ascii=False) + "\n"
-        self.fs.makedirs(f"{self.root}/{target.rpartition('/')[0]}", exist_ok=True)
-        self._write(f"{target}{REPORT}", text)
-        self.fs.mv(f"{self.root}/{item.name}", f"{self.root}/{target}")
+        if not target:
+            target = self._free(outcome, item)
+            text = json.dumps({**report, "mark": item.mark}, indent=2, ensure_ascii=False) + "\n"
+            self.fs.makedirs(f"{self.root}/{target.rpartition('/')[0]}", exist_ok=True)
+            self._write(f"{target}{REPORT}", text)
+        self.move(item.name, target)
         return target
+
+    def filed(self, outcome: str, name: str, mark: str) -> tuple[str, dict[str, Any]] | None:
+        """Return where the report of a file with a mark lies, and the report; None for none."""
+        for target in _targets(outcome, name):
+            report = self._report(target)
+            if report is not None and report.get("mark") == mark:
+                return target, report
+            if report is None and not self.fs.exists(f"{self.root}/{target}"):
+                return None
+        return None
+
+    def move(self, old: str, new: str) -> None:
+        """Give a file of the inbox another path."""
+        old, new = f"{self.root}/{old}", f"{self.root}/{new}"
+        if type(self.fs).mv is not AbstractFileSystem.mv:
+            self.fs.mv(old, new)
+            return
+        # Without a rename of its own it would take the names for patterns and delete what fits.
+        self.fs.cp_file(old, new)
+        self.fs.rm_file(old)
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
@@ -133,12 +181,14 @@ class Inbox:
                 return
             yield True
 
-    def _entries(self, folder: str) -> list[dict[str, Any]]:
+    def _entries(self, folder: str, *, needed: bool = False) -> list[dict[str, Any]]:
         # Remote file systems remember listings.
         self.fs.invalidate_cache(folder)
         try:
             found: list[dict[str, Any]] = self.fs.ls(folder, detail=True)
         except FileNotFoundError:
+            if needed:
+                raise
             return []
         return found
 
@@ -146,31 +196,42 @@ class Inbox:
         last = PurePosixPath(name).name
         if last.startswith(".") or last.endswith(UNFINISHED) or entry["type"] != "file":
             return []
-        if len(name) > MAX_NAME or entry.get("islink"):
+        if entry.get("islink"):
+            return []
+        try:
+            size = len(last.encode())
+        except UnicodeEncodeError:
+            self._leave_out(name, "its name is not UTF-8")
+            return []
+        if len(name) > MAX_NAME or size > MAX_FILE_BYTES:
+            self._leave_out(name, "its name is too long")
             return []
         return [Waiting(name, int(entry["size"] or 0), _mark(entry))]
 
+    def _leave_out(self, name: str, reason: str) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            log.warning("%s stays in the inbox: %s", ascii(name), reason)
+
     def _free(self, outcome: str, item: Waiting) -> str:
         """Return where a file can go without taking anything's place."""
-        plain = PurePosixPath(outcome) / item.name
-        number = 1
-        while True:
-            suffix = "" if number == 1 else f"-{number}"
-            target = str(plain.with_name(f"{plain.stem}{suffix}{plain.suffix}"))
-            is_free = not self.fs.exists(f"{self.root}/{target}")
-            if is_free and self._reported(target) in (None, item.mark):
-                return target
-            number += 1
+        for target in _targets(outcome, item.name):
+            if not self.fs.exists(f"{self.root}/{target}"):
+                report = self._report(target)
+                # A kill may have left the report of this very file.
+                if report is None or report.get("mark") == item.mark:
+                    return target
+        raise AssertionError("there is always another number")
 
-    def _reported(self, target: str) -> str | None:
-        """Return the mark in the report of a name; "" for a report without one, None for none."""
+    def _report(self, target: str) -> dict[str, Any] | None:
+        """Return the report of a name; {} for a damaged one, None for none."""
         try:
             row = json.loads(self.fs.cat_file(f"{self.root}/{target}{REPORT}"))
         except FileNotFoundError:
             return None
         except ValueError:
-            return ""
-        return str(row.get("mark", "")) if isinstance(row, dict) else ""
+            return {}
+        return row if isinstance(row, dict) else {}
 
     def _write(self, name: str, text: str) -> None:
         if self.local is not None:
@@ -193,16 +254,30 @@ def open_inbox(state: State) -> Inbox:
 
 
 def drop(state: State, path: Path, name: str) -> None:
-    """Put a copy of a file into the inbox under a name; it appears there at once and whole."""
+    """Put a copy of a file into the inbox under a name; it appears there at once and whole.
+
+    Raises ConfigError for a stream whose folder is one of the inbox's own.
+    """
+    stream = name.rpartition("/")[0]
+    if stream and not _is_stream(stream):
+        raise ConfigError(f"stream {stream} has no place in the inbox: choose another name for it")
     inbox = open_inbox(state)
     if inbox.local is not None:
         write_parts(inbox.local / name, _pieces(path))
         return
-    folder, _, last = f"{inbox.root}/{name}".rpartition("/")
-    inbox.fs.makedirs(folder, exist_ok=True)
-    hidden = f"{folder}/.{last}.tmp"
-    inbox.fs.put_file(str(path), hidden)
-    inbox.fs.mv(hidden, f"{folder}/{last}")
+    folder, slash, last = name.rpartition("/")
+    inbox.fs.makedirs(f"{inbox.root}/{folder}", exist_ok=True)
+    hidden = f"{folder}{slash}.{last}.tmp"
+    inbox.fs.put_file(str(path), f"{inbox.root}/{hidden}")
+    inbox.move(hidden, name)
+
+
+def _targets(outcome: str, name: str) -> Iterator[str]:
+    """Yield the paths that a file may get, one after another."""
+    plain = PurePosixPath(outcome) / name
+    yield str(plain)
+    for number in count(2):
+        yield str(plain.with_name(f"{plain.stem}-{number}{plain.suffix}"))
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Config, OnBadRow
-from rlhf.data.ingest import NAME, BadRows, IngestReport
+from rlhf.data.ingest import NAME, BadRows, Check, IngestReport, unchecked
 from rlhf.data.ledger import Progress, silent
 from rlhf.data.records import Kind
 from rlhf.errors import ConfigError, RlhfError
@@ -25,11 +25,13 @@ def ingest_into(
     id: str | None = None,
     on_bad_row: OnBadRow | str | None = None,
     axis: str | None = None,
+    check: Check = unchecked,
     progress: Progress = silent,
 ) -> IngestReport:
     """Add a file to a stream; what is None is as the configuration's `ingest` has it.
 
-    A stream that has rows keeps its own held-out split: one service has streams of several.
+    `check` is called before anything is added. A stream that has rows keeps its own held-out
+    split: one service has streams of several.
 
     Raises DataError or ConfigError with the messages of `rlhf ingest`, and then nothing is written.
     """
@@ -41,7 +43,7 @@ def ingest_into(
     if axis is not None:
         given["axis"] = axis
     config = _with_split(for_one_file(state.config, **given))
-    return add_file(config, path, progress=progress)
+    return add_file(config, path, check=check, progress=progress)
 
 
 def drift_headline(state: State, report: IngestReport) -> str:

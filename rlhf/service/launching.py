@@ -2,19 +2,16 @@
 
 A launch is the command `rlhf launch` in a process of its own, so the configured launcher, its
 checks and its messages are the command line's. A run that is busy with an older plan is launched
-when it is free; the table of launches remembers it.
+when it is free; the table of launches remembers it. One run that cannot be read or written keeps
+no other waiting.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,24 +20,26 @@ from sqlalchemy import select
 
 from rlhf import runner
 from rlhf.artifacts import NodeDir
-from rlhf.compose import PLAIN, RUN_FILE, RUN_NAME, known_runs, load_frozen, recipes
-from rlhf.config import Annotators, Config, LauncherKind
-from rlhf.errors import ConfigError, LauncherError, RlhfError
-from rlhf.fingerprint import flat_config
+from rlhf.compose import RUN_FILE, RUN_NAME, known_runs, load_frozen, recipes
+from rlhf.config import Annotators, LauncherKind
+from rlhf.data.ledger import Store
+from rlhf.errors import ArtifactError, ConfigError, RlhfError, UserError
 from rlhf.launch.local import PLAN
 from rlhf.launch.operator import BACKGROUND, background_process
-from rlhf.service.database.connect import PASSWORD, PASSWORD_FILE
+from rlhf.lease import is_run_locked
+from rlhf.service.command import cancel_arguments, launch_arguments, run_command
 from rlhf.service.database.models import Audit, Launch
 from rlhf.service.facts import find_node, open_run
+from rlhf.service.facts.files import UNREADABLE, stamp
+from rlhf.service.pauses import Pauses
 from rlhf.service.problems import Problem
 from rlhf.service.settings import overrides_of
 from rlhf.service.state import State
-from rlhf.state import node_state
+from rlhf.state import LOG, node_state
+from rlhf.supply import reads_store
 
 log = logging.getLogger(__name__)
 
-LAUNCH_SECONDS = 300.0
-"""Longest wait for `rlhf launch` and `rlhf cancel`, which ask a scheduler."""
 WANTED, LAUNCHED, FAILED = "wanted", "launched", "failed"
 WATCHER = "watcher"
 """Name under which the audit log has what nobody asked for."""
@@ -53,55 +52,83 @@ class Extended(NamedTuple):
     rounds: tuple[int, ...]
 
 
-def subscribers(state: State, stream: str) -> list[str]:
-    """Return the runs that read a stream and whose annotators are people."""
-    return [
-        name
-        for name, config in _configs(state)
-        if config.data.stream == stream and config.collect.annotators is Annotators.people
-    ]
+class Broken:
+    """The runs that a walk over all of them could not read or write, and why."""
 
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
 
-def extend(state: State, stream: str) -> list[Extended]:
-    """Write the longer plans that a stream's batches allow; a run that refuses is logged."""
-    found = []
-    for run in subscribers(state, stream):
+    @contextmanager
+    def of(self, run: str) -> Iterator[None]:
+        """Note what goes wrong with a run inside the block instead of raising it."""
         try:
-            config = _run_config(state, run)
-            with alone(state, run, "plan"):
-                added = runner.extend(config)
-        except RlhfError as error:
-            log.warning("the plan of run %s stays as it is: %s", run, error)
-            record(state, "extend", run, status=HTTPStatus.CONFLICT, reason=str(error))
-            continue
-        if added:
-            found.append(Extended(run, tuple(item.round for item in added)))
-            record(state, "extend", run, stream=stream, rounds=[item.round for item in added])
+            yield
+        except UNREADABLE as error:
+            log.warning("run %s is left out: %s: %s", run, type(error).__name__, error)
+            # A refusal would be the same the next time.
+            if not isinstance(error, UserError):
+                self._found[run] = f"{type(error).__name__}: {error}"
+
+    def check(self) -> None:
+        """Raise ArtifactError where another try may find the runs mended."""
+        if self._found:
+            said = "; ".join(f"{run} ({reason})" for run, reason in sorted(self._found.items()))
+            raise ArtifactError(f"runs that cannot be read or written: {said}")
+
+
+def subscribers(state: State, stream: str, broken: Broken | None = None) -> list[str]:
+    """Return the runs that read a stream of the service's store and whose annotators are people."""
+    store = Store(state.store, stream)
+    broken = Broken() if broken is None else broken
+    found = []
+    for name in known_runs(state.runs):
+        with broken.of(name):
+            config = load_frozen(state.runs / name)
+            if reads_store(config, store) and config.collect.annotators is Annotators.people:
+                found.append(name)
+    return found
+
+
+def extend(state: State, stream: str, broken: Broken | None = None) -> list[Extended]:
+    """Write the longer plans that a stream's batches allow; a run that refuses is logged."""
+    broken = Broken() if broken is None else broken
+    found = []
+    for run in subscribers(state, stream, broken):
+        with broken.of(run):
+            try:
+                added = runner.extend(load_frozen(state.runs / run))
+            except RlhfError as error:
+                record(state, "extend", run, status=HTTPStatus.CONFLICT, reason=str(error))
+                raise
+            if added:
+                found.append(Extended(run, tuple(item.round for item in added)))
+                record(state, "extend", run, stream=stream, rounds=[item.round for item in added])
     return found
 
 
 def batch_arrived(state: State, stream: str, batch: str) -> list[Extended]:
     """Do what follows when a stream has got a batch: longer plans, and their launch if so set.
 
-    Doing it again changes nothing.
+    Doing it again changes nothing. Raises ArtifactError once all runs have had their turn where one
+    could not be read or written.
     """
-    found = extend(state, stream)
+    broken = Broken()
+    found = extend(state, stream, broken)
     if state.config.service.autolaunch:
-        for run in unfinished(state, stream, batch):
-            want(state, run)
+        for run in subscribers(state, stream, broken):
+            with broken.of(run):
+                if _is_unfinished(state.runs / run, batch):
+                    want(state, run)
+    broken.check()
     return found
 
 
-def unfinished(state: State, stream: str, batch: str) -> list[str]:
-    """Return the subscribers that have a round of a batch which is not done."""
-    found = []
-    for run in subscribers(state, stream):
-        plan = runner.read_plan(state.runs / run)
-        rounds = {item.round for item in plan.rounds if batch in item.batches} if plan else set()
-        nodes = [node for node in plan.nodes if node.round in rounds] if plan else []
-        if any(not NodeDir(state.runs / run / node.name).is_done() for node in nodes):
-            found.append(run)
-    return found
+def _is_unfinished(folder: Path, batch: str) -> bool:
+    """Tell whether a run has a round of a batch which is not done."""
+    plan = runner.read_plan(folder)
+    rounds = {item.round for item in plan.rounds if batch in item.batches} if plan else set()
+    nodes = [node for node in plan.nodes if node.round in rounds] if plan else []
+    return any(not NodeDir(folder / node.name).is_done() for node in nodes)
 
 
 def launch(
@@ -114,9 +141,9 @@ def launch(
 ) -> Launch:
     """Launch what is left of a run, or start one from a recipe; returns the row of the table.
 
-    Launching again doubles nothing. A run that is busy with an older plan is `wanted`, and launched
-    when it is free. Raises ConfigError and LauncherError with the messages of `rlhf launch`, and a
-    Problem for a run that does not exist.
+    Launching again doubles nothing. A run that is busy is `wanted`, and launched when it is free,
+    unless the process that works on it will do everything that is left. Raises ConfigError and
+    LauncherError with the messages of `rlhf launch`, and a Problem for a run that does not exist.
     """
     changed = overrides_of(settings or {})
     if recipe is None:
@@ -125,8 +152,9 @@ def launch(
         _check_new(run, recipe)
     with alone(state, run, "launch"):
         if not is_busy(state, run):
+            is_kept = _wanted(state, run) is not None
             row = _ordered(state, run, user=user, recipe=recipe, settings=settings or {})
-            return _start(state, row)
+            return _start(state, row, is_kept=is_kept)
         if changed:
             raise Problem(
                 HTTPStatus.CONFLICT,
@@ -142,54 +170,87 @@ def want(state: State, run: str, *, user: str = WATCHER) -> Launch:
         return _wanted(state, run) or _add(state, run, WANTED, user=user)
 
 
-def launch_wanted(state: State) -> list[str]:
-    """Launch the runs that are wanted and free; returns their names. A failure is in the table."""
+def launch_wanted(state: State, pauses: Pauses | None = None) -> list[str]:
+    """Launch the runs that are wanted and free; returns their names. A failure is in the table.
+
+    What is refused is wanted no more. Anything else that fails is tried again after a pause.
+    """
+    pauses = Pauses() if pauses is None else pauses
     with state.reading() as session:
         waiting = session.scalars(select(Launch.run).where(Launch.state == WANTED).distinct())
-        names = list(waiting)
+        names = [name for name in waiting if pauses.is_over(name)]
     launched = []
     for run in names:
-        with alone(state, run, "launch"):
-            row = _wanted(state, run)
-            if row is None or is_busy(state, run):
-                continue
-            try:
-                _start(state, row)
-            except RlhfError as error:
-                log.warning("run %s was not launched: %s", run, error)
-                record(state, "launch", run, status=HTTPStatus.BAD_GATEWAY, reason=str(error))
-            else:
-                launched.append(run)
-                record(state, "launch", run, user=row.user)
+        try:
+            row = _launch_wanted(state, run)
+        except UNREADABLE as error:
+            _not_launched(state, run, str(error) or type(error).__name__, pauses)
+            continue
+        pauses.forget(run)
+        if row is not None:
+            launched.append(run)
+            record(state, "launch", run, user=row.user)
     return launched
+
+
+def _not_launched(state: State, run: str, reason: str, pauses: Pauses) -> None:
+    """Say once why a run was not launched, and let it wait where it is still wanted."""
+    seconds, is_new = pauses.begin(run, reason)
+    if is_new:
+        log.warning("run %s was not launched: %s", run, reason)
+        record(state, "launch", run, status=HTTPStatus.BAD_GATEWAY, reason=reason)
+    row = _wanted(state, run)
+    if row is None:
+        pauses.forget(run)
+        return
+    log.info("run %s is launched again in %.0f s", run, seconds)
+    _change(state, row, output=reason)
+
+
+def _launch_wanted(state: State, run: str) -> Launch | None:
+    """Launch a run that is wanted; None where it is busy, or wanted no more."""
+    with alone(state, run, "launch"):
+        row = _wanted(state, run)
+        if row is None or is_busy(state, run):
+            return None
+        return _start(state, row, is_kept=True)
 
 
 def cancel(state: State, run: str, *, node: str = "", user: str) -> str:
     """End the jobs of a run, or one node's; returns what `rlhf cancel` said.
 
-    A launch that was only wanted is wanted no more.
+    With the whole run, a launch that was only wanted is wanted no more, and the last one is over.
     """
     found = open_run(state, run)
     if node:
         find_node(found, node)
-    with state.transaction() as session:
-        rows = session.scalars(select(Launch).where(Launch.run == run, Launch.state == WANTED))
-        for row in rows:
-            row.state, row.output = FAILED, f"cancelled by {user}"
-    return run_command(["cancel", *_fixed(state, run), f"node={node}"])
+    with alone(state, run, "launch"):
+        rows = select(Launch).where(Launch.run == run).order_by(Launch.id.desc())
+        is_last_over = not node and is_busy(state, run)
+        with state.transaction() as session:
+            for row in session.scalars(rows.where(Launch.state == WANTED)) if not node else ():
+                row.state, row.output = FAILED, f"cancelled by {user}"
+        said = run_command(cancel_arguments(state, run, node))
+        with state.transaction() as session:
+            last = session.scalars(rows.limit(1)).first()
+            if last is not None and last.state == LAUNCHED and is_last_over:
+                last.state, last.output = FAILED, f"{last.output}\ncancelled by {user}".strip()
+    return said
 
 
 def is_busy(state: State, run: str) -> bool:
-    """Tell whether a launch would change nothing because the run is worked on here.
+    """Tell whether a process here works on a run, or follows its jobs.
 
-    Schedulers take only what is missing, so their runs are never busy.
+    Schedulers take only what is missing, so that a run of theirs is free while nobody follows it.
     """
     folder = state.runs / run
     if not (folder / RUN_FILE).exists():
         return False
+    if background_process(folder) is not None:
+        return True
     if load_frozen(folder).launcher.kind is not LauncherKind.local:
         return False
-    if background_process(folder) is not None:
+    if is_run_locked(folder):
         return True
     plan = runner.read_plan(folder)
     nodes = plan.nodes if plan else ()
@@ -200,11 +261,15 @@ def record(
     state: State, action: str, target: str, *, status: int = HTTPStatus.OK, **detail: object
 ) -> None:
     """Add a row to the audit log for something that no request asked for."""
-    row = Audit(
+    with state.transaction() as session:
+        session.add(audit_row(action, target, status=status, **detail))
+
+
+def audit_row(action: str, target: str, *, status: int = HTTPStatus.OK, **detail: object) -> Audit:
+    """Return the row of the audit log for something that no request asked for."""
+    return Audit(
         user=WATCHER, role="", action=action, target=target[:500], status=int(status), detail=detail
     )
-    with state.transaction() as session:
-        session.add(row)
 
 
 def _check_new(run: str, recipe: str) -> None:
@@ -221,24 +286,33 @@ def _check_new(run: str, recipe: str) -> None:
 
 def _standing(state: State, run: str, *, user: str) -> Launch:
     """Return the launch that stands for another one of a busy run."""
+    folder = state.runs / run
     found = _wanted(state, run)
     if found is not None:
         return found
-    if not _knows_plan(state.runs / run):
-        return _add(state, run, WANTED, user=user)
     with state.reading() as session:
-        rows = select(Launch).where(Launch.run == run, Launch.state == LAUNCHED)
-        last = session.scalars(rows.order_by(Launch.id.desc()).limit(1)).first()
-    said = f"process {background_process(state.runs / run)} runs {run} already"
+        rows = select(Launch).where(Launch.run == run).order_by(Launch.id.desc())
+        last = session.scalars(rows.limit(1)).first()
+    is_cancelled = last is not None and last.state == FAILED
+    if is_cancelled or not _does_all(folder):
+        return _add(state, run, WANTED, user=user)
+    said = f"process {background_process(folder)} runs {run} already"
     return last or _add(state, run, LAUNCHED, user=user, output=said)
 
 
-def _knows_plan(folder: Path) -> bool:
-    """Tell whether the process in the background was started with the plan as it is."""
-    if background_process(folder) is None:
+def _does_all(folder: Path) -> bool:
+    """Tell whether the process in the background will do all that is left.
+
+    It knows the plan as it was when it began, and starts no node again that has ended since.
+    """
+    plan, background = runner.read_plan(folder), stamp(folder / BACKGROUND)
+    if background_process(folder) is None or plan is None or background is None:
         return False
-    started = (folder / BACKGROUND).stat().st_mtime_ns
-    return (folder / PLAN).stat().st_mtime_ns <= started
+    if (folder / PLAN).stat().st_mtime_ns > background[0]:
+        return False
+    ended = [node for node in plan.nodes if node_state(folder, node).state == "stopped"]
+    logs = [stamp(folder / node.name / LOG) for node in ended]
+    return all(found is None or found[0] <= background[0] for found in logs)
 
 
 def _wanted(state: State, run: str) -> Launch | None:
@@ -268,13 +342,17 @@ def _add(state: State, run: str, status: str, *, user: str, **values: Any) -> La
     return row
 
 
-def _start(state: State, row: Launch) -> Launch:
-    """Call the command; a kill on the way leaves the row wanted, and it is called again."""
+def _start(state: State, row: Launch, *, is_kept: bool) -> Launch:
+    """Call the command; a kill on the way leaves the row wanted, and it is called again.
+
+    With `is_kept` so does any failure but a refusal.
+    """
     try:
         changed = overrides_of(row.settings)
-        said = run_command(["launch", *_fixed(state, row.run, row.recipe), *changed])
-    except RlhfError as error:
-        _change(state, row, state=FAILED, output=str(error))
+        said = run_command([*launch_arguments(state, row.run, row.recipe), *changed])
+    except UNREADABLE as error:
+        is_over = isinstance(error, UserError) or not is_kept
+        _change(state, row, state=FAILED if is_over else WANTED, output=str(error))
         raise
     return _change(state, row, state=LAUNCHED, output=said)
 
@@ -285,76 +363,6 @@ def _change(state: State, row: Launch, /, **values: Any) -> Launch:
         for name, value in values.items():
             setattr(kept, name, value)
     return kept
-
-
-def _fixed(state: State, run: str, recipe: str | None = None) -> list[str]:
-    """Return what every call says: the run, the service's folders, for a new run its launcher."""
-    folders = [_override("paths.runs", state.runs), _override("paths.store", state.store)]
-    if recipe is None:
-        follows = load_frozen(state.runs / run).launcher.follow
-        # The service does not wait for jobs; its watcher launches what is left.
-        return [f"run={run}", *folders, *(["launcher.follow=false"] if follows else [])]
-    usual = flat_config(Config(recipe="none"))
-    chosen = [
-        _override(key, value)
-        for key, value in flat_config(state.config).items()
-        if key.startswith("launcher.") and key != "launcher.follow" and value != usual[key]
-    ]
-    return [f"recipe={recipe}", f"run={run}", *folders, *chosen]
-
-
-def _override(key: str, value: object) -> str:
-    text = "null" if value is None else str(value)
-    if PLAIN.fullmatch(f"{key}={text}"):
-        return f"{key}={text}"
-    if isinstance(value, bool | int | float | list):
-        return f"{key}={text}"
-    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{quoted}"'
-
-
-def run_command(arguments: list[str]) -> str:
-    """Run an `rlhf` command and return what it said; its refusals become the errors they were."""
-    # A run has no business with the service's database.
-    hidden = (PASSWORD, PASSWORD_FILE)
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "rlhf.cli", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=LAUNCH_SECONDS,
-            env=environment,
-            start_new_session=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise LauncherError(
-            f"rlhf {arguments[0]} did not answer within {LAUNCH_SECONDS:.0f} s: see whether the "
-            "scheduler does, then try again"
-        ) from error
-    if done.returncode == 0:
-        return done.stdout.strip()
-    # Warnings come before; the message may have several lines.
-    said = f"\n{done.stderr}".rpartition("\nrlhf: ")[2].strip()
-    if done.returncode == 2:
-        raise ConfigError(said)
-    raise LauncherError(said or f"rlhf {arguments[0]} ended with exit code {done.returncode}")
-
-
-def _configs(state: State) -> Iterator[tuple[str, Config]]:
-    for name in known_runs(state.runs):
-        try:
-            yield name, _run_config(state, name)
-        except RlhfError as error:
-            log.warning("run %s is left out: %s", name, error)
-
-
-def _run_config(state: State, run: str) -> Config:
-    """Return a run's configuration; its store is the service's."""
-    config = load_frozen(state.runs / run)
-    return replace(config, paths=replace(config.paths, store=str(state.store)))
 
 
 @contextmanager

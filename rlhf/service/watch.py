@@ -1,72 +1,79 @@
 """The watcher: files of the inbox go into the store once they are complete, and plans grow.
 
 A file is claimed by a row of the database, ingested, its outcome recorded, its report written, the
-file moved, the plans of the stream's runs extended, and the row finished, in this order. Every step
-can be done again, so that after a kill whoever looks next goes on where the last one ended.
+file moved, the plans of the stream's runs extended, and the row finished together with its line of
+the audit log, in this order. Every step can be done again, so that after a kill whoever looks next
+goes on where the last one ended. What fails is tried again later, and keeps nothing else waiting.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, select, update
-from sqlalchemy.exc import IntegrityError
-
+from rlhf.data.files import storable
 from rlhf.errors import UserError
 from rlhf.faults import boundary
-from rlhf.intake import chosen_kind
-from rlhf.lease import HEARTBEAT_SECONDS, Holder, is_gone, this_process
+from rlhf.intake import check_settings, chosen_kind
 from rlhf.service import launching
+from rlhf.service.claims import CLAIMED, Claims, Lost
 from rlhf.service.database.models import InboxFile, now
 from rlhf.service.inbox import ACCEPTED, REFUSED, Waiting, open_inbox
 from rlhf.service.ingesting import drift_headline, ingest_into, refusal_json, report_json
+from rlhf.service.pauses import Pauses
 from rlhf.service.state import State
 
 log = logging.getLogger(__name__)
 
-CLAIMED = "claimed"
-HOLDER = ("host", "space", "boot", "pid", "start", "token")
-"""What a claim says of its owner."""
-RETRY_SECONDS = 60.0
-"""Time until a file is tried again that failed for a reason which is not in it."""
+LOOK_SECONDS = 60.0
+"""Longest pause between two looks that fail."""
 STOP_SECONDS = 10.0
 """Longest wait for the file in work when the service stops; the next start goes on with it."""
 SIGN = "watcher"
 """File whose time is that of the last look."""
 
 
+class Changed(Exception):
+    """A file is no longer the one that was listed; nothing of it is added."""
+
+
 class Watcher:
     """Looks into the inbox of a service; `run` is for a thread of its own."""
 
     def __init__(self, state: State) -> None:
-        chosen_kind(state.config)
+        check_settings(state.config)
         self.state = state
         self.inbox = open_inbox(state)
-        self._token = secrets.token_hex(8)
+        self.claims = Claims(state, self.inbox)
         self._stop = threading.Event()
         self._seen: dict[str, tuple[str, float]] = {}
-        self._later: dict[tuple[str, str], float] = {}
+        self._pauses, self._launches = Pauses(), Pauses()
 
     def run(self) -> None:
         """Look again and again until `stop`."""
+        usual = self.state.config.service.poll_seconds
+        looks = Pauses(usual, max(usual, LOOK_SECONDS))
+        seconds, has_failed = usual, False
         while not self._stop.is_set():
             try:
+                if has_failed:
+                    self.inbox.reopen()
                 self.look_once()
-            except Exception:
+                looks.forget("")
+                seconds, has_failed = usual, False
+            except Exception as error:
                 # The thread has to outlive a database or a file system that is away for a while.
-                log.exception("the look into %s failed; the next one follows", self.inbox.key)
-            self._stop.wait(self.state.config.service.poll_seconds)
+                (seconds, is_new), has_failed = looks.begin("", str(error)), True
+                text = "the look into %s failed (%s); the next one follows in %.0f s"
+                log.error(text, self.inbox.key, error, seconds, exc_info=is_new)
+            self._stop.wait(seconds)
 
     def stop(self) -> None:
         """End after the file in work."""
@@ -84,12 +91,16 @@ class Watcher:
                         break
                     if self._take(item):
                         taken.append(item.name)
-        launching.launch_wanted(self.state)
-        (self.state.folder / SIGN).touch()
+                    self._sign()
+        launching.launch_wanted(self.state, self._launches)
+        self._sign()
         return taken
 
+    def _sign(self) -> None:
+        (self.state.folder / SIGN).touch()
+
     def _complete(self, waiting: Sequence[Waiting]) -> list[Waiting]:
-        """Return the files that have not changed for `settle_seconds`."""
+        """Return the files that have not changed for `settle_seconds` and need not wait."""
         moment = time.monotonic()
         seen = {}
         for item in waiting:
@@ -101,200 +112,146 @@ class Watcher:
             item
             for item in waiting
             if moment - seen[item.name][1] >= settle
-            and moment >= self._later.get((item.name, item.mark), 0.0)
+            and self._pauses.is_over((item.name, item.mark))
         ]
+
+    def _finish_moved(self, waiting: Sequence[Waiting]) -> None:
+        """Finish rows whose watcher is gone and whose file has been moved, or taken away."""
+        here = {(item.name, item.mark) for item in waiting}
+        rows = self.claims.open_rows()
+        self._pauses.keep({*here, *((row.name, row.mark) for row in rows)})
+        for row in rows:
+            key = (row.name, row.mark)
+            if key not in here and self.claims.is_free(row) and self._pauses.is_over(key):
+                self._finish(row)
+
+    def _finish(self, row: InboxFile) -> bool:
+        """Take over the row of a file that has been moved, and do what is left."""
+
+        def work(row: InboxFile) -> bool:
+            if row.state == CLAIMED:
+                self.claims.forget(row)
+            else:
+                found = self.inbox.filed(row.state, row.name, row.mark)
+                self._conclude(row, moved=found[0] if found is not None else "")
+            return True
+
+        def claim() -> InboxFile | None:
+            return row if self.claims.take_over(row) else None
+
+        return self._try(row.name, row.mark, claim, work)
 
     def _take(self, item: Waiting) -> bool:
         """Claim a file and do everything with it; False where it is another watcher's, or later."""
-        row = self._claim(item)
-        if row is None:
-            return False
-        try:
-            with self._beating(row):
-                return self._process(row, item)
-        except Exception as error:
-            # Whatever it is, the other files must not wait for it.
-            log.exception("%s is tried again in %.0f s", item.name, RETRY_SECONDS)
-            self._later[item.name, item.mark] = time.monotonic() + RETRY_SECONDS
-            self._change(row, owner="", message=f"tried again later: {error}")
-            return False
 
-    def _process(self, row: InboxFile, item: Waiting) -> bool:
-        folder = self.state.uploads / f"inbox-{row.id}"
+        def work(row: InboxFile) -> bool:
+            try:
+                self._process(row, item)
+            except Changed:
+                log.warning("%s changed while it was read; it is looked at again", item.name)
+                self.claims.forget(row)
+                return False
+            return True
+
+        return self._try(item.name, item.mark, lambda: self.claims.claim(item), work)
+
+    def _try(
+        self,
+        name: str,
+        mark: str,
+        claim: Callable[[], InboxFile | None],
+        work: Callable[[InboxFile], bool],
+    ) -> bool:
+        """Claim a row and work on it; whatever goes wrong, the other files must not wait for it."""
+        row = None
         try:
-            path = self.inbox.fetch(item.name, folder)
-            boundary("claimed", item.name)
-            report = self._ingest(path, item)
-        except FileNotFoundError:
-            if self.inbox.find(item.name) is not None:
-                raise
-            self._forget(row)
+            row = claim()
+            if row is None:
+                return False
+            with self.claims.beating(row):
+                is_taken = work(row)
+        except Lost:
+            log.warning("%s is another watcher's by now", name)
             return False
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        except Exception as error:
+            seconds, is_new = self._pauses.begin((name, mark), str(error))
+            text = "%s is tried again in %.0f s: %s"
+            log.error(text, name, seconds, error, exc_info=is_new)
+            if row is not None:
+                self.claims.give_back(row, _stored(f"tried again later: {error}"))
+            return False
+        self._pauses.forget((name, mark))
+        return is_taken
+
+    def _process(self, row: InboxFile, item: Waiting) -> None:
+        # Recorded by one that was killed: its report says more than a second ingest could.
+        filed = self.inbox.filed(row.state, item.name, item.mark) if row.state != CLAIMED else None
+        target, report = filed if filed is not None else ("", self._read(row, item))
         boundary("ingested", item.name)
         is_same = self.inbox.find(item.name) == item
         is_accepted = report["outcome"] == ACCEPTED
-        if not is_same:
-            log.warning("%s changed while it was read; it is looked at again", item.name)
         if not is_same and not is_accepted:
             # It may be refused only because half of it was read.
-            self._forget(row)
-            return False
-        row = self._change(
+            raise Changed
+        if not is_same:
+            log.warning("%s changed after it was read; it is looked at again", item.name)
+        row = self.claims.change(
             row, state=report["outcome"], batch=report.get("id"), message=report["message"]
         )
         level = logging.INFO if is_accepted else logging.WARNING
         log.log(level, "inbox: %s %s: %s", item.name, report["outcome"], report["message"])
         boundary("recorded", item.name)
-        moved = self.inbox.file_under(report["outcome"], item, report) if is_same else ""
+        moved = self.inbox.file_under(row.state, item, report, target) if is_same else ""
         boundary("moved", item.name)
-        self._conclude(row)
-        launching.record(
-            self.state,
-            "inbox",
-            item.name,
-            status=HTTPStatus.OK if is_accepted else HTTPStatus.UNPROCESSABLE_ENTITY,
-            moved=moved,
-            reason=report["message"],
-        )
-        return True
+        self._conclude(row, moved=moved)
+
+    def _read(self, row: InboxFile, item: Waiting) -> dict[str, Any]:
+        """Ingest a file and return its report; raises Changed where it is another file by now."""
+        folder = self.state.uploads / f"inbox-{row.id}"
+        try:
+            path = self.inbox.fetch(item.name, folder)
+            boundary("claimed", item.name)
+            return _stored(self._ingest(path, item))
+        except FileNotFoundError as error:
+            if self.inbox.find(item.name) is not None:
+                raise
+            raise Changed from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _ingest(self, path: Path, item: Waiting) -> dict[str, Any]:
         """Return the file's report; a file that is refused has one, too."""
         stream = self._stream(item.name)
         file = {"file": item.name, "time": now().isoformat(timespec="seconds")}
+
+        def check() -> None:
+            if self.inbox.find(item.name) != item:
+                raise Changed
+
         try:
-            found = ingest_into(
-                self.state, path, kind=chosen_kind(self.state.config), stream=stream
-            )
+            kind = chosen_kind(self.state.config)
+            found = ingest_into(self.state, path, kind=kind, stream=stream, check=check)
         except UserError as error:
             # Where the copy lay is nobody's business.
             text = str(error).replace(str(path), item.name)
             return {**file, **refusal_json(error, stream), "outcome": REFUSED, "message": text}
         return {**file, **report_json(found, drift_headline(self.state, found))}
 
-    def _conclude(self, row: InboxFile) -> None:
+    def _conclude(self, row: InboxFile, *, moved: str) -> None:
         """Do what follows from an outcome, and finish the row."""
-        if row.state == ACCEPTED and row.batch is not None:
+        is_accepted = row.state == ACCEPTED
+        if is_accepted and row.batch is not None:
             launching.batch_arrived(self.state, self._stream(row.name), row.batch)
         boundary("extended", row.name)
-        self._change(row, finished=now())
-
-    def _finish_moved(self, waiting: Sequence[Waiting]) -> None:
-        """Finish rows whose watcher is gone and whose file has been moved, or taken away."""
-        here = {(item.name, item.mark) for item in waiting}
-        for row in self._open_rows():
-            if (row.name, row.mark) in here or not self._is_gone(row):
-                continue
-            if not self._take_over(row):
-                continue
-            if row.state == CLAIMED:
-                self._forget(row)
-            else:
-                self._conclude(row)
-
-    def _open_rows(self) -> list[InboxFile]:
-        with self.state.reading() as session:
-            rows = select(InboxFile).where(
-                InboxFile.inbox == self.inbox.key, InboxFile.finished.is_(None)
-            )
-            return list(session.scalars(rows))
-
-    def _claim(self, item: Waiting) -> InboxFile | None:
-        """Return the row that makes a file this watcher's; None where it is another's."""
-        with self.state.reading() as session:
-            row = session.scalar(
-                select(InboxFile).where(
-                    InboxFile.inbox == self.inbox.key,
-                    InboxFile.name == item.name,
-                    InboxFile.mark == item.mark,
-                )
-            )
-        if row is not None:
-            if row.finished is None and not self._is_gone(row):
-                return None
-            # A finished row is that of a file which was put back, or has been moved meanwhile.
-            if row.finished is not None and self.inbox.find(item.name) != item:
-                return None
-            if not self._take_over(row):
-                return None
-            return self._change(row, state=CLAIMED, finished=None, batch=None, message="")
-        row = InboxFile(
-            inbox=self.inbox.key,
-            name=item.name,
-            mark=item.mark,
-            state=CLAIMED,
-            owner=self._owner(),
-            message="",
+        status = HTTPStatus.OK if is_accepted else HTTPStatus.UNPROCESSABLE_ENTITY
+        line = launching.audit_row(
+            "inbox", row.name, status=status, moved=moved, reason=row.message
         )
-        try:
-            with self.state.transaction() as session:
-                session.add(row)
-        except IntegrityError:
-            return None
-        return row
-
-    def _take_over(self, row: InboxFile) -> bool:
-        """Become the owner of a row, unless another watcher was quicker."""
-        mine = (
-            update(InboxFile)
-            .where(
-                InboxFile.id == row.id,
-                InboxFile.owner == row.owner,
-                InboxFile.claimed == row.claimed,
-            )
-            .values(owner=self._owner(), claimed=now())
-        )
-        with self.state.transaction() as session:
-            return session.connection().execute(mine).rowcount == 1
-
-    def _owner(self) -> str:
-        holder = this_process(self._token)
-        short = replace(holder, host=holder.host[:64])
-        return json.dumps([getattr(short, name) for name in HOLDER])
-
-    def _is_gone(self, row: InboxFile) -> bool:
-        """Tell whether nobody works on a row: given back, this watcher's own, or of a dead one."""
-        if not row.owner:
-            return True
-        holder = Holder(
-            **dict(zip(HOLDER, json.loads(row.owner), strict=True)),
-            heartbeat=row.claimed.timestamp(),
-        )
-        return holder.token == self._token or is_gone(holder, now=time.time())
-
-    def _change(self, row: InboxFile, **values: Any) -> InboxFile:
-        with self.state.transaction() as session:
-            kept = session.get_one(InboxFile, row.id)
-            for name, value in values.items():
-                setattr(kept, name, value)
-        return kept
-
-    def _forget(self, row: InboxFile) -> None:
-        with self.state.transaction() as session:
-            session.execute(delete(InboxFile).where(InboxFile.id == row.id))
+        self.claims.change(row, line, finished=now())
 
     def _stream(self, name: str) -> str:
         folder, _, _ = name.rpartition("/")
         return folder or self.state.config.ingest.stream
-
-    @contextmanager
-    def _beating(self, row: InboxFile) -> Iterator[None]:
-        """Renew a claim while the block runs, so that watchers elsewhere see it is alive."""
-        end = threading.Event()
-
-        def beat() -> None:
-            while not end.wait(HEARTBEAT_SECONDS):
-                self._change(row, claimed=now())
-
-        thread = threading.Thread(target=beat, name="claim", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            end.set()
-            thread.join()
 
 
 @contextmanager
@@ -308,6 +265,20 @@ def watching(state: State) -> Iterator[Watcher]:
     finally:
         watcher.stop()
         thread.join(STOP_SECONDS)
+
+
+def _stored(value: Any) -> Any:
+    """Return a report, or a part of one, as files and databases can hold it.
+
+    A row may have half characters and zero bytes.
+    """
+    if isinstance(value, str):
+        return storable(value).replace("\0", "\\x00")
+    if isinstance(value, dict):
+        return {_stored(key): _stored(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_stored(item) for item in value]
+    return value
 
 
 def last_look(state: State) -> float | None:

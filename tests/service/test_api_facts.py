@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import threading
+import time
 from dataclasses import replace
 from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,9 @@ from rlhf import datacheck
 from rlhf.artifacts import write_json
 from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
-from rlhf.launch.failures import OUT_OF_MEMORY, REMEDIES, Exit, note_exit
+from rlhf.errors import LauncherError
+from rlhf.launch.failures import OUT_OF_MEMORY, REMEDIES, Exit, note_exit, note_submission
+from rlhf.launch.jobs import Job
 from rlhf.lease import Lease
 from rlhf.service import facts
 from rlhf.service.facts import nodes, reports, runs
@@ -193,7 +197,8 @@ def test_the_scheduler_is_asked_once_for_all_who_look(
     state: State, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(nodes, "known_jobs", lambda *args: asked.append(1) or {})
+    scheduler = SimpleNamespace(poll=lambda: asked.append(1) or {})
+    monkeypatch.setattr(nodes, "open_launcher", lambda config: scheduler)
     opened = facts.open_run(state, "made-up")
     facts.node_rows(opened)
     assert asked == []
@@ -207,6 +212,61 @@ def test_the_scheduler_is_asked_once_for_all_who_look(
     assert asked == [1]
     # What was killed and when it goes on, the scheduler knows.
     assert [(row.state, row.failure) for row in rows if row.name == LAST] == [("stopped", "")]
+
+
+def test_a_silent_scheduler_is_named_and_keeps_nobody_waiting(
+    state: State, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ends = threading.Event(), threading.Event()
+
+    def poll() -> dict[str, Job]:
+        asked.set()
+        assert ends.wait(60)
+        raise LauncherError("squeue did not answer within 30 s")
+
+    monkeypatch.setattr(nodes, "_JOBS", nodes._Jobs())
+    monkeypatch.setattr(nodes, "open_launcher", lambda config: SimpleNamespace(poll=poll))
+    settings = json.loads((run / "run.yaml").read_text(encoding="utf-8"))
+    write_json(run / "run.yaml", {**settings, "launcher": {"kind": "slurm"}})
+    (run / LAST / "manifest.json").unlink()
+    opened = facts.open_run(state, "made-up")
+    first = threading.Thread(target=lambda: facts.node_rows(opened))
+    first.start()
+    assert asked.wait(60)
+    assert [row.job for row in facts.node_rows(opened)] == [None] * len(opened.plan.nodes)
+    ends.set()
+    first.join()
+    asked.clear()
+    jobs = {row.name: row.job for row in facts.node_rows(opened) if row.job is not None}
+    reason = "squeue did not answer within 30 s"
+    assert jobs == {LAST: {"id": "", "state": "unknown", "reason": reason}}
+    assert not asked.is_set()
+
+
+def test_a_node_whose_job_is_queued_again_has_not_failed(state: State, run: Path) -> None:
+    folder = run / LAST
+    (folder / "manifest.json").unlink()
+    note_exit(folder, Exit("7", 0, 1, "error", time.time() - 60))
+    assert row_of(state).has_failed
+    note_submission(folder)
+    assert not row_of(state).has_failed
+    note_exit(folder, Exit("8", 0, 1, "error", time.time() + 60))
+    assert row_of(state).has_failed
+
+
+def test_damaged_files_of_runs_do_not_hide_the_others(state: State, run: Path) -> None:
+    for name, text in (("no-rounds", '{"run": "no-rounds"}'), ("no-file", "")):
+        folder = run.with_name(name)
+        folder.mkdir()
+        (folder / "run.yaml").write_bytes((run / "run.yaml").read_bytes())
+        (folder / "plan.json").write_text(text or (run / "plan.json").read_text())
+    (run.with_name("no-file") / "run.yaml").unlink()
+    (run.with_name("no-file") / "run.yaml").mkdir()
+    problems = {item.name: item.problem for item in facts.list_runs(state)}
+    assert problems["made-up"] == ""
+    assert "is no plan" in problems["no-rounds"]
+    assert "directory" in problems["no-file"]
+    assert facts.list_streams(state)
 
 
 def test_metrics_are_windowed_thinned_and_whole(state: State, run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import threading
@@ -19,14 +20,15 @@ from rlhf import runner
 from rlhf.artifacts import read_json, write_json
 from rlhf.compose import RUN_FILE
 from rlhf.config import Launcher, LauncherKind
-from rlhf.errors import ConfigError, LauncherError
+from rlhf.errors import ArtifactError, ConfigError, LauncherError
 from rlhf.launch.local import PLAN
 from rlhf.launch.operator import BACKGROUND, background_process
-from rlhf.lease import process_start
-from rlhf.service import launching
+from rlhf.lease import process_start, run_lock
+from rlhf.service import command, launching
 from rlhf.service.database.connect import PASSWORD
 from rlhf.service.database.models import Audit, Launch
 from rlhf.service.ingesting import ingest_into
+from rlhf.service.pauses import Pauses
 from rlhf.service.problems import Problem
 from rlhf.service.settings import open_settings, overrides_of
 from rlhf.service.state import State
@@ -69,6 +71,12 @@ def work_in_background(folder: Path) -> None:
     """Make this process the one that works on a run."""
     row = {"pid": os.getpid(), "start": process_start(os.getpid())}
     write_json(folder / BACKGROUND, row)
+
+
+def read_elsewhere(folder: Path, store: Path) -> None:
+    """Make a run one that reads another store."""
+    path = folder / RUN_FILE
+    path.write_text(path.read_text().replace(str(store), f"{store}-elsewhere"))
 
 
 def launches(state: State) -> list[tuple[str, str]]:
@@ -131,6 +139,7 @@ def test_only_runs_of_the_stream_with_people_subscribe(
 ) -> None:
     make_people_run(state, "run=elsewhere", "data.stream=other")
     make_people_run(state, "run=toy", "collect.annotators=simulated", "rounds.limit=1")
+    read_elsewhere(make_people_run(state, "run=other-store"), state.store)
     damaged = state.runs / "damaged" / RUN_FILE
     damaged.parent.mkdir()
     damaged.write_text("model: {path: [")
@@ -151,12 +160,42 @@ def test_a_run_that_refuses_is_logged_and_the_others_grow(
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-def test_a_run_that_goes_away_meanwhile_stops_no_other(
-    state: State, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_that_cannot_be_read_keeps_no_other_short(
+    state: State, people: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launching, "subscribers", lambda *_: ["gone", RUN])
+    another = make_people_run(state, "run=another")
+    (another / PLAN).unlink()
+    (another / PLAN).mkdir()
+    tree = read_json(make_people_run(state, "run=older") / PLAN)
+    del tree["rounds"]
+    write_json(state.runs / "older" / PLAN, tree)
     add_batch(state, tmp_path, "week-01")
     assert launching.extend(state, STREAM) == [(RUN, (1,))]
+    with pytest.raises(ArtifactError, match=r"another \(IsADirectoryError.*older .*is no plan"):
+        launching.batch_arrived(state, STREAM, "week-01")
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_whoever_plans_holds_the_lock_of_the_plan(
+    state: State, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = runner.draft
+    held = []
+
+    def checked(config: Any) -> Any:
+        with (state.runs / f".{RUN}.{PLAN}.lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.append(False)
+            except BlockingIOError:
+                held.append(True)
+        return draft(config)
+
+    monkeypatch.setattr(runner, "draft", checked)
+    add_batch(state, tmp_path, "week-01")
+    launching.extend(state, STREAM)
+    prepare_people_run(state.runs, state.store)
+    assert held == [True, True]
 
 
 def test_two_at_once_extend_once(state: State, people: Path, tmp_path: Path) -> None:
@@ -186,17 +225,17 @@ def test_launch_passes_the_run_its_folders_and_settings(
     assert (row.state, row.launcher, row.user) == ("launched", "local", "ann")
     assert row.output == "process 1 runs people"
     fixed = [f"run={RUN}", f"paths.runs={state.runs}", f"paths.store={state.store}"]
-    assert calls.arguments == [["launch", *fixed, "ppo.kl_coef=0.02", "seed=7"]]
+    assert calls.arguments == [["launch", *fixed, "detach=true", "ppo.kl_coef=0.02", "seed=7"]]
 
 
 def test_a_new_run_gets_the_launcher_of_the_service(state: State, calls: Calls) -> None:
-    launcher = Launcher(kind=LauncherKind.slurm, grace_seconds=77)
+    launcher = Launcher(kind=LauncherKind.slurm, grace_seconds=77, follow=True)
     config = replace(state.config, launcher=launcher)
-    row = launching.launch(replace(state, config=config), "new", user="ann", recipe="quickstart")
+    row = launching.launch(replace(state, config=config), "true", user="ann", recipe="quickstart")
     assert row.launcher == "slurm"
     [arguments] = calls.arguments
-    assert {"recipe=quickstart", "run=new", "launcher.kind=slurm"} <= set(arguments)
-    assert "launcher.grace_seconds=77" in arguments
+    assert {"recipe=quickstart", 'run="true"', "launcher.kind=slurm"} <= set(arguments)
+    assert {"launcher.grace_seconds=77", "launcher.follow=True"} <= set(arguments)
     assert not any(text.startswith("launcher.retries") for text in arguments)
 
 
@@ -240,6 +279,43 @@ def test_a_busy_run_that_knows_its_plan_is_launched_already(
     assert len(calls.arguments) == 1
     with pytest.raises(Problem, match=r"seed=1 cannot take effect: wait"):
         launching.launch(state, RUN, user="bob", settings={"seed": 1})
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_busy_run_that_was_cancelled_goes_on_when_it_is_free(
+    state: State, people: Path, calls: Calls
+) -> None:
+    launching.launch(state, RUN, user="ann")
+    work_in_background(people)
+    launching.cancel(state, RUN, user="bob")
+    assert launches(state) == [(RUN, "failed")]
+    # The process still saves its state.
+    assert launching.launch(state, RUN, user="ann").state == "wanted"
+    (people / BACKGROUND).unlink()
+    assert launching.launch_wanted(state) == [RUN]
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_busy_run_with_a_node_that_has_failed_goes_on_when_it_is_free(
+    state: State, people: Path, calls: Calls
+) -> None:
+    launching.launch(state, RUN, user="ann")
+    (people / "sft").mkdir()
+    write_json(people / "sft" / "inputs.json", {})
+    (people / "sft" / "log.txt").write_text("from an earlier launch")
+    work_in_background(people)
+    assert launching.launch(state, RUN, user="ann").state == "launched"
+    os.utime(people / BACKGROUND, (1.0, 1.0))
+    os.utime(people / PLAN, (1.0, 1.0))
+    assert launching.launch(state, RUN, user="ann").state == "wanted"
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_run_of_another_store_is_not_launched(state: State, people: Path, calls: Calls) -> None:
+    read_elsewhere(people, state.store)
+    with pytest.raises(ConfigError, match=r"reads paths\.store=.*elsewhere and this service has"):
+        launching.launch(state, RUN, user="ann")
+    assert calls.arguments == []
 
 
 def test_a_busy_run_with_a_longer_plan_is_launched_when_it_is_free(
@@ -290,19 +366,77 @@ def test_a_launch_that_a_kill_cuts_off_is_repeated_as_it_was_ordered(
     assert "seed=7" not in calls.arguments[2]
 
 
-def test_schedulers_take_only_what_is_missing_so_their_runs_are_never_busy(
+def test_a_wanted_launch_that_gets_no_answer_is_tried_again_after_a_pause(
+    state: State, people: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    pauses = Pauses()
+    launching.want(state, RUN)
+    calls.error = LauncherError("squeue did not answer")
+    assert launching.launch_wanted(state, pauses) == []
+    assert launching.launch_wanted(state, pauses) == []
+    clock[0] += 60
+    assert launching.launch_wanted(state, pauses) == []
+    assert len(calls.arguments) == 2
+    assert launches(state) == [(RUN, "wanted")]
+    assert audited(state, "launch") == [{"reason": "squeue did not answer"}]
+    calls.error = None
+    clock[0] += 60
+    assert launching.launch_wanted(state, pauses) == []
+    clock[0] += 60
+    assert launching.launch_wanted(state, pauses) == [RUN]
+    assert launches(state) == [(RUN, "launched")]
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_damaged_run_keeps_no_other_launch_waiting(
+    state: State, people: Path, calls: Calls
+) -> None:
+    make_people_run(state, "run=another")
+    for run in ("another", RUN):
+        launching.want(state, run)
+    (state.runs / "another" / PLAN).write_text("{}")
+    assert launching.launch_wanted(state) == [RUN]
+    assert sorted(launches(state)) == [("another", "wanted"), (RUN, "launched")]
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_run_that_somebody_runs_by_hand_is_busy(state: State, people: Path, calls: Calls) -> None:
+    with run_lock(people):
+        assert launching.launch(state, RUN, user="ann").state == "wanted"
+    assert not launching.is_busy(state, RUN)
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_schedulers_take_only_what_is_missing_so_their_runs_are_busy_only_while_followed(
     state: State, calls: Calls
 ) -> None:
     folder = make_people_run(state, "launcher=slurm")
-    work_in_background(folder)
-    assert not launching.is_busy(state, RUN)
+    with run_lock(folder):
+        assert not launching.is_busy(state, RUN)
     assert launching.launch(state, RUN, user="ann").launcher == "slurm"
+    work_in_background(folder)
+    assert launching.is_busy(state, RUN)
 
 
-def test_following_is_left_to_the_command_line(state: State, calls: Calls) -> None:
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_following_is_left_to_the_background(state: State, calls: Calls) -> None:
     make_people_run(state, "launcher=slurm", "launcher.follow=true")
     launching.launch(state, RUN, user="ann")
-    assert "launcher.follow=false" in calls.arguments[0]
+    assert "detach=true" in calls.arguments[0]
+    assert not any("launcher.follow" in text for text in calls.arguments[0])
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_cancel_waits_for_a_launch_under_way(state: State, people: Path, calls: Calls) -> None:
+    thread = threading.Thread(target=lambda: launching.cancel(state, RUN, user="ann"))
+    with launching.alone(state, RUN, "launch"):
+        thread.start()
+        thread.join(0.2)
+        assert calls.arguments == []
+    thread.join()
+    assert [arguments[0] for arguments in calls.arguments] == ["cancel"]
 
 
 def test_cancel_ends_what_was_wanted(state: State, people: Path, calls: Calls) -> None:
@@ -310,6 +444,8 @@ def test_cancel_ends_what_was_wanted(state: State, people: Path, calls: Calls) -
     assert launching.cancel(state, RUN, node="sft", user="ann") == "process 1 runs people"
     assert calls.arguments[0][0] == "cancel"
     assert calls.arguments[0][-1] == "node=sft"
+    assert launches(state) == [(RUN, "wanted")]
+    launching.cancel(state, RUN, user="ann")
     assert launches(state) == [(RUN, "failed")]
     with pytest.raises(Problem, match="sft") as caught:
         launching.cancel(state, RUN, node="../sft", user="ann")
@@ -383,7 +519,7 @@ def test_a_command_that_does_not_answer_is_given_up(
     program.write_text("#!/bin/sh\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr(launching, "LAUNCH_SECONDS", 0.1)
+    monkeypatch.setattr(command, "LAUNCH_SECONDS", 0.1)
     with pytest.raises(LauncherError, match="did not answer within"):
         launching.run_command(["launch"])
 
@@ -408,6 +544,8 @@ def test_two_real_launches_at_once_start_one_process_and_cancel_ends_it(
     assert f"process {pid} runs {RUN}" in rows[0].output
     assert launching.is_busy(state, RUN)
 
+    with pytest.raises(ConfigError, match="node=sft has no job of its own"):
+        launching.cancel(state, RUN, node="sft", user="ann")
     said = launching.cancel(state, RUN, user="ann")
     assert f"process {pid} saves its state and stops" in said
     # Its parent is this test's launcher process, which has ended, so that init reaps it.

@@ -19,6 +19,7 @@ import fsspec
 import pytest
 from people_run import RUN, STREAM, comparisons, make_people_run, write_batch
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 from watch_process import settings_of
 
 from rlhf import runner
@@ -27,9 +28,11 @@ from rlhf.data.ledger import Store
 from rlhf.data.records import Kind
 from rlhf.errors import ConfigError
 from rlhf.faults import KILL_VARIABLE
-from rlhf.service import launching, watch
+from rlhf.launch.local import PLAN
+from rlhf.service import claims, launching, watch
 from rlhf.service.database.models import Audit, InboxFile, Launch
 from rlhf.service.inbox import Inbox, drop, open_inbox
+from rlhf.service.pauses import LONGEST_SECONDS, RETRY_SECONDS, Pauses
 from rlhf.service.state import State, open_state
 from rlhf.service.watch import Watcher, last_look, watching
 
@@ -175,6 +178,29 @@ def test_what_is_no_batch_file_is_refused(
     assert not (watched.store / STREAM / "batches").exists()
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_names_are_no_patterns(watched: State, put: Callable[..., None]) -> None:
+    put("a[b].jsonl")
+    put("ab.jsonl")
+    watcher = Watcher(watched)
+    assert watcher.look_once() == ["a[b].jsonl", "ab.jsonl"]
+    names = [name for name in tree(watcher.inbox) if not name.endswith(".report.json")]
+    assert names == ["accepted/ab.jsonl", "refused/a[b].jsonl"]
+    assert batches(watched) == ["ab"]
+
+
+def test_what_a_bad_row_holds_can_be_stored(state: State) -> None:
+    inbox = open_inbox(state).local
+    text = json.dumps({"half \ud800, zero \0": 1}) + "\n"
+    (inbox / "week-01.jsonl").write_text(text, encoding="ascii")
+    assert Watcher(state).look_once() == ["week-01.jsonl"]
+    [row] = rows_of(state)
+    assert row.state == "refused"
+    assert r"half \ud800, zero \x00" in row.message
+    report = read_json(inbox / "refused" / "week-01.jsonl.report.json")
+    assert report["message"] == row.message
+
+
 def test_a_folder_names_the_stream(watched: State, put: Callable[..., None]) -> None:
     put("other/week-01.jsonl")
     put("week-02.jsonl")
@@ -243,18 +269,25 @@ def test_a_file_is_taken_when_it_has_not_changed_for_a_while(
     assert Store(state.store, STREAM).manifest(Kind.batch, "week-01")["rows"] == 12
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("cut", ["inside a line", "between two lines"])
 def test_a_file_that_grows_while_it_is_read_is_looked_at_again(
-    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
 ) -> None:
     watcher = Watcher(state)
     whole = write_batch(tmp_path / "week-01.jsonl").read_bytes()
     path = watcher.inbox.local / "week-01.jsonl"
-    path.write_bytes(whole[:-40])
+    half = whole[: whole.index(b"\n", len(whole) // 2) + 1]
+    path.write_bytes(half if cut == "between two lines" else whole[:-40])
     ingest = watch.ingest_into
 
-    def slow(*arguments: Any, **options: Any) -> Any:
+    def slow(*arguments: Any, check: Callable[[], None], **options: Any) -> Any:
+        def late() -> None:
+            path.write_bytes(whole)
+            check()
+
         try:
-            return ingest(*arguments, **options)
+            return ingest(*arguments, check=late, **options)
         finally:
             path.write_bytes(whole)
 
@@ -266,7 +299,9 @@ def test_a_file_that_grows_while_it_is_read_is_looked_at_again(
     assert Store(state.store, STREAM).manifest(Kind.batch, "week-01")["rows"] == 12
 
 
-def test_what_is_still_written_or_is_no_file_stays(state: State, tmp_path: Path) -> None:
+def test_what_is_still_written_or_is_no_file_stays(
+    state: State, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     watcher = Watcher(state)
     inbox = watcher.inbox.local
     (inbox / "deep" / "er").mkdir(parents=True)
@@ -275,8 +310,13 @@ def test_what_is_still_written_or_is_no_file_stays(state: State, tmp_path: Path)
         (inbox / name).write_text("{}")
     (inbox / "link.jsonl").symlink_to("/etc/hostname")
     os.mkfifo(inbox / "pipe.jsonl")
-    assert watcher.look_once() == []
-    assert all((inbox / name).exists() for name in names)
+    unnamed = [os.fsdecode(b"week-\xff.jsonl"), f"{'w' * 200}.jsonl"]
+    for name in unnamed:
+        (inbox / name).write_text("{}")
+    assert watcher.look_once() == watcher.look_once() == []
+    assert all((inbox / name).exists() for name in (*names, *unnamed))
+    said = [line.partition(" stays in the inbox: ")[2] for line in caplog.messages]
+    assert sorted(said) == ["its name is not UTF-8", "its name is too long"]
 
 
 def test_a_file_that_goes_away_is_forgotten(
@@ -340,9 +380,27 @@ def test_a_failure_that_is_not_the_files_is_tried_again_and_others_go_on(
     assert "No space left" in first.message
     monkeypatch.setattr(watch, "ingest_into", ingest)
     assert watcher.look_once() == []
-    clock[0] += watch.RETRY_SECONDS
+    clock[0] += RETRY_SECONDS
     assert watcher.look_once() == ["week-01.jsonl"]
     assert batches(state) == ["week-02", "week-01"]
+
+
+def test_each_pause_is_twice_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    pauses = Pauses()
+    assert pauses.begin("a", "no answer") == (RETRY_SECONDS, True)
+    assert pauses.begin("a", "no answer") == (2 * RETRY_SECONDS, False)
+    assert pauses.begin("a", "full") == (4 * RETRY_SECONDS, True)
+    assert pauses.is_over("b")
+    assert not pauses.is_over("a")
+    clock[0] += 4 * RETRY_SECONDS
+    assert pauses.is_over("a")
+    assert max(pauses.begin("a", "full")[0] for _ in range(10)) == LONGEST_SECONDS
+    pauses.forget("a")
+    assert pauses.begin("a", "full") == (RETRY_SECONDS, True)
+    pauses.keep([])
+    assert pauses.is_over("a")
 
 
 def test_the_thread_outlives_a_look_that_fails(
@@ -357,11 +415,36 @@ def test_the_thread_outlives_a_look_that_fails(
             raise ConnectionError("the file system is away")
         return find(inbox)
 
+    reopened = []
     monkeypatch.setattr(Inbox, "waiting", failing)
+    monkeypatch.setattr(Inbox, "reopen", lambda inbox: reopened.append(inbox))
     drop(state, write_batch(tmp_path / "week-01.jsonl"), "week-01.jsonl")
     with watching(state):
         wait_until(lambda: any(row.finished for row in rows_of(state)))
     assert batches(state) == ["week-01"]
+    assert len(reopened) == 1
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_an_inbox_that_went_away_is_not_empty(state: State) -> None:
+    url = f"memory://inbox-{secrets.token_hex(8)}"
+    inbox = Watcher(with_service(state, inbox=url)).inbox
+    inbox.fs.rm(url, recursive=True)
+    inbox.reopen()
+    with pytest.raises(FileNotFoundError):
+        inbox.waiting()
+    inbox.create()
+    assert inbox.waiting() == []
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(("key", "value"), [("axis", "taste"), ("stream", "a/b"), ("kind", "x")])
+def test_settings_that_would_refuse_every_file_are_refused(
+    state: State, key: str, value: str
+) -> None:
+    config = replace(state.config, ingest=replace(state.config.ingest, **{key: value}))
+    with pytest.raises(ConfigError, match=rf"ingest\.{key}={value}"):
+        Watcher(replace(state, config=config))
 
 
 def test_an_inbox_that_cannot_be_opened_is_named(state: State) -> None:
@@ -402,6 +485,36 @@ def test_a_batch_extends_the_plan_and_is_launched_if_so_set(
         assert [row.state for row in session.scalars(select(Launch))] == ["launched"]
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_run_that_cannot_be_read_keeps_nothing_else_waiting(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    folder, other = make_people_run(state), make_people_run(state, "run=another")
+    plan = (folder / PLAN).read_bytes()
+    (folder / PLAN).unlink()
+    (folder / PLAN).mkdir()
+    for name in ("week-01.jsonl", "week-02.jsonl"):
+        drop(state, write_batch(tmp_path / name), name)
+    watcher = Watcher(state)
+    assert watcher.look_once() == watcher.look_once() == []
+    assert batches(state) == ["week-01", "week-02"]
+    assert watcher.inbox.waiting() == []
+    assert len(runner.read_plan(other).rounds) == 2
+    assert [(row.state, row.finished) for row in rows_of(state)] == [("accepted", None)] * 2
+    assert audited(state) == []
+
+    (folder / PLAN).rmdir()
+    (folder / PLAN).write_bytes(plan)
+    clock[0] += RETRY_SECONDS
+    watcher.look_once()
+    assert len(runner.read_plan(folder).rounds) == 2
+    assert all(row.finished for row in rows_of(state))
+    assert all(row.message.startswith("added batch") for row in rows_of(state))
+    assert audited(state) == ["week-01.jsonl", "week-02.jsonl"]
+
+
 # Kills, and other watchers
 
 
@@ -436,7 +549,13 @@ def test_after_a_kill_the_next_look_finishes_once(
     assert watcher.inbox.waiting() == []
     assert tree(watcher.inbox) == ["accepted/week-01.jsonl", "accepted/week-01.jsonl.report.json"]
     assert batches(state) == ["week-01"]
-    assert report_of(watcher.inbox, "accepted/week-01.jsonl")["counts"]["accepted"] == 12
+    report = report_of(watcher.inbox, "accepted/week-01.jsonl")
+    assert report["counts"]["accepted"] == 12
+    # From the report on, nothing is said a second time.
+    is_written = boundary in BOUNDARIES[BOUNDARIES.index("after-rename:report.json") :]
+    assert report["message"].startswith("added batch") or not is_written
+    assert report["drift"] or not is_written
+    assert audited(state) == ["week-01.jsonl"]
     [row] = rows_of(state)
     assert (row.state, row.batch) == ("accepted", "week-01")
     assert row.finished is not None
@@ -506,26 +625,62 @@ def test_a_claim_of_a_living_process_is_left_alone(state: State, tmp_path: Path)
     drop(state, write_batch(tmp_path / "week-01.jsonl"), "week-01.jsonl")
     other, watcher = Watcher(state), Watcher(state)
     [item] = other.inbox.waiting()
-    claim = other._claim(item)
+    claim = other.claims.claim(item)
     assert claim is not None
     assert watcher.look_once() == []
     # Two that see it dead at once: one gets it.
-    other._change(claim, owner="")
+    other.claims.change(claim, owner="")
     [row] = rows_of(state)
-    assert [watcher._take_over(row), other._take_over(row)] == [True, False]
+    assert [watcher.claims.take_over(row), other.claims.take_over(row)] == [True, False]
+    with pytest.raises(claims.Lost):
+        other.claims.change(claim, batch="mine")
+    other.claims.forget(claim)
+    assert [row.batch for row in rows_of(state)] == [None]
 
 
 def test_a_claim_without_a_sign_of_life_is_taken_over(state: State, tmp_path: Path) -> None:
     drop(state, write_batch(tmp_path / "week-01.jsonl"), "week-01.jsonl")
     other, watcher = Watcher(state), Watcher(state)
     [item] = other.inbox.waiting()
-    claim = other._claim(item)
+    claim = other.claims.claim(item)
     far = json.loads(claim.owner)
     far[0] = "another-machine"
-    other._change(claim, owner=json.dumps(far))
+    set_values(state, owner=json.dumps(far))
     assert watcher.look_once() == []
-    other._change(claim, claimed=claim.claimed.replace(year=2020))
+    set_values(state, claimed=claim.claimed.replace(year=2020))
     assert watcher.look_once() == ["week-01.jsonl"]
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_sign_of_life_that_fails_is_given_again(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
+    drop(state, write_batch(tmp_path / "week-01.jsonl"), "week-01.jsonl")
+    watcher = Watcher(state)
+    [item] = watcher.inbox.waiting()
+    claim = watcher.claims.claim(item)
+    change = watcher.claims.change
+    failed = threading.Event()
+
+    def failing(row: InboxFile, **values: Any) -> InboxFile:
+        if not failed.is_set():
+            failed.set()
+            raise OperationalError("UPDATE", {}, Exception("the database is away"))
+        return change(row, **values)
+
+    monkeypatch.setattr(watcher.claims, "change", failing)
+    with watcher.claims.beating(claim):
+        wait_until(lambda: rows_of(state)[0].claimed > claim.claimed)
+    assert failed.is_set()
+
+
+def set_values(state: State, **values: Any) -> None:
+    """Change every row of the inbox's files."""
+    with state.transaction() as session:
+        for row in session.scalars(select(InboxFile)):
+            for name, value in values.items():
+                setattr(row, name, value)
 
 
 def test_reports_say_what_the_command_line_says(state: State, tmp_path: Path) -> None:

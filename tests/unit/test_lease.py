@@ -14,7 +14,15 @@ import pytest
 
 from rlhf import lease as leases
 from rlhf.errors import LeaseError
-from rlhf.lease import MISSED_SECONDS, Holder, Lease, is_gone, process_start
+from rlhf.lease import (
+    MISSED_SECONDS,
+    Holder,
+    Lease,
+    is_gone,
+    is_run_locked,
+    process_start,
+    run_lock,
+)
 
 
 def write(folder: Path, holder: Holder) -> None:
@@ -118,6 +126,38 @@ def test_the_heartbeat_is_renewed_and_notices_a_takeover(
     other = Lease(tmp_path)
     other.take()
     wait_until(lambda: not (tmp_path / "lease.json").unlink(missing_ok=True) and other.lost)
+
+
+def test_a_heartbeat_that_cannot_be_written_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.01)
+    lease = Lease(tmp_path)
+    lease.take()
+    first, write_lease, failed = lease.read(), lease._write, []
+    assert first is not None
+
+    def failing() -> None:
+        if not failed:
+            failed.append(1)
+            raise OSError(28, "No space left on device")
+        write_lease()
+
+    monkeypatch.setattr(lease, "_write", failing)
+    wait_until(lambda: (lease.read() or first).heartbeat > first.heartbeat)
+    assert failed
+    lease.release()
+
+
+def test_one_runner_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "LOCK_PAUSE", 0.001)
+    assert not is_run_locked(tmp_path)
+    refused = pytest.raises(LeaseError, match=f"another process runs {tmp_path}")
+    with run_lock(tmp_path):
+        assert is_run_locked(tmp_path)
+        with refused, run_lock(tmp_path):
+            pass
+    assert not is_run_locked(tmp_path)
 
 
 def wait_until(ready: object) -> None:

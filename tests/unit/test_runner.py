@@ -24,9 +24,10 @@ from rich.console import Console
 
 from rlhf import compose, runner, worker
 from rlhf.artifacts import NodeDir, read_json, read_jsonl, write_json
-from rlhf.errors import ArtifactError, ConfigError, StageError
+from rlhf.errors import ArtifactError, ConfigError, LeaseError, StageError
 from rlhf.fingerprint import STAGES
-from rlhf.lease import process_start
+from rlhf.launch.operator import launch_here
+from rlhf.lease import process_start, run_lock
 from rlhf.operate import changed_files, clean_run, export_version
 from rlhf.plan import Plan
 from rlhf.versions import list_versions, overrule, promoted_version
@@ -143,6 +144,16 @@ def test_every_node_says_what_it_took_and_what_was_expected(whole: dict[str, Any
         assert energy["co2_kg"] == pytest.approx(energy["kwh"] * 1.1 * 0.385)
         assert row["flops"] > 0
         assert not (folder / row["node"] / "energy").exists()
+
+
+def test_a_run_that_another_process_runs_is_left_alone(whole: dict[str, Any]) -> None:
+    with run_lock(whole["folder"]):
+        with pytest.raises(LeaseError, match="another process runs"):
+            go(whole["overrides"])
+        out = StringIO()
+        launch_here(compose.load(whole["overrides"]), whole["folder"], Console(file=out, width=200))
+    assert "another process runs quickstart already" in out.getvalue()
+    assert not (whole["folder"] / "background.json").exists()
 
 
 def test_a_second_call_runs_nothing_and_says_so(whole: dict[str, Any]) -> None:

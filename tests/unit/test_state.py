@@ -12,6 +12,7 @@ import pytest
 from rlhf.lease import Lease
 from rlhf.nodes import Node
 from rlhf.state import node_state
+from rlhf.worker import Progress
 
 NODE = Node("sft", "sft", 0, (), {})
 
@@ -42,6 +43,20 @@ def test_a_running_node_tells_how_long_it_has_been_silent(started: Path) -> None
     (started / "progress.json").write_text(json.dumps(progress))
     state = node_state(started.parent, NODE)
     assert (state.step, state.total, state.eta) == (3, 9, 8.0)
+    assert state.silent == pytest.approx(0, abs=5)
+    lease.release()
+
+
+def test_a_node_that_goes_on_is_not_judged_by_its_earlier_start(started: Path) -> None:
+    progress = {"step": 3, "total": 9, "seconds": 4.0, "eta": 8.0}
+    (started / "progress.json").write_text(json.dumps(progress))
+    for name in ("progress.json", "provenance.json"):
+        age(started / name, 3600)
+    lease = Lease(started)
+    lease.take()
+    Progress(started, lease)
+    state = node_state(started.parent, NODE)
+    assert (state.step, state.total, state.seconds, state.eta) == (3, 9, 4.0, None)
     assert state.silent == pytest.approx(0, abs=5)
     lease.release()
 

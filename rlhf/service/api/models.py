@@ -69,8 +69,10 @@ class JobModel(BaseModel):
     """A node's newest job as its scheduler knows it."""
 
     id: str = Field(description="The scheduler's number.")
-    state: str = Field(description="pending, running or ended.")
-    reason: str = Field(description="The scheduler's word for why it waits or how it ended.")
+    state: str = Field(description="pending, running, ended, or unknown: the scheduler is silent.")
+    reason: str = Field(
+        description="The scheduler's word for why it waits or how it ended, or why it is unknown."
+    )
 
 
 class NodeModel(_Read):

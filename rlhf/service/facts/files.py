@@ -10,7 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf.errors import ArtifactError
+from rlhf.errors import ArtifactError, RlhfError
 from rlhf.service.problems import Problem
 
 T = TypeVar("T")
@@ -23,6 +23,9 @@ MAX_KNOWN = 20
 """Names that a message lists."""
 MAX_SHOWN = 80
 """Characters of a name from outside that a message repeats."""
+
+UNREADABLE = (RlhfError, OSError, KeyError, TypeError, ValueError)
+"""What comes of files that are damaged, or cannot be read or written."""
 
 Stamp = tuple[int, int, int]
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from rich.console import Console
 
 from rlhf.artifacts import MANIFEST, read_json
 from rlhf.config import LauncherKind
-from rlhf.errors import ArtifactError
+from rlhf.errors import RlhfError
 from rlhf.launch.failures import (
     CANCELLED,
     ERROR,
@@ -23,18 +21,23 @@ from rlhf.launch.failures import (
     STOPPED,
     TIME_LIMIT,
     classify,
+    is_submitted_again,
     remedy,
 )
 from rlhf.launch.jobs import Job
-from rlhf.launch.operator import failure_of, known_jobs
+from rlhf.launch.operator import failure_of, open_launcher
 from rlhf.nodes import Node
 from rlhf.service.facts.cache import Cache
-from rlhf.service.facts.files import Stamp, not_found, stamp, steadily, tail
+from rlhf.service.facts.files import UNREADABLE, Stamp, not_found, stamp, steadily, tail
 from rlhf.service.facts.runs import Run
 from rlhf.state import LOG, NodeState, node_state
 
+log = logging.getLogger(__name__)
+
 JOBS_SECONDS = 5.0
 """The scheduler is asked about a run at most this often, however many look at its page."""
+SILENT_SECONDS = 60.0
+"""Time until a scheduler is asked again that gave no answer."""
 LOG_LINES = 5000
 """Lines of a log in which a node's last word is looked for; a traceback may have hundreds."""
 RECORD = re.compile(r"[\d-]{10} [\d:]{8},\d{3} (?P<level>[A-Z]+) \S+: (?P<text>.*)")
@@ -89,25 +92,26 @@ def node_rows(run: Run, *, ask_scheduler: bool = True) -> list[NodeRow]:
 
     Without `ask_scheduler` only files are read, so that nothing is known about waiting jobs.
     """
-    jobs = _JOBS.of(run) if ask_scheduler else {}
-    return [_row(run, node, jobs.get(node.name)) for node in run.plan.nodes]
+    jobs, trouble = _JOBS.of(run) if ask_scheduler else ({}, "")
+    return [_row(run, node, jobs.get(node.name), trouble) for node in run.plan.nodes]
 
 
 def node_row(run: Run, node: Node) -> NodeRow:
     """Return one node of the plan."""
-    return _row(run, node, _JOBS.of(run).get(node.name))
+    jobs, trouble = _JOBS.of(run)
+    return _row(run, node, jobs.get(node.name), trouble)
 
 
-def _row(run: Run, node: Node, job: Job | None) -> NodeRow:
+def _row(run: Run, node: Node, job: Job | None, trouble: str) -> NodeRow:
     folder = run.folder / node.name
     try:
         state = _FINISHED.state_of(run, node)
         failure = steadily(lambda: _failure(run, folder, state, job))
         advice = remedy(failure, node.stage) if failure else ""
-    except (ArtifactError, json.JSONDecodeError) as error:
+    except UNREADABLE as error:
         # One damaged node is no reason to hide the others.
         state = NodeState(node.name, "stopped", 0, 0, 0.0, None)
-        failure, advice = ERROR, str(error)
+        failure, advice = ERROR, f"{folder} cannot be read: {error}"
     return NodeRow(
         name=node.name,
         stage=node.stage,
@@ -120,15 +124,24 @@ def _row(run: Run, node: Node, job: Job | None) -> NodeRow:
         eta=state.eta,
         silent=state.silent,
         peak_memory_mb=state.peak_memory_mb,
-        job={"id": job.id, "state": job.state, "reason": job.reason} if job else None,
+        job=_shown_job(job, trouble if state.state != "done" else ""),
         failure=failure,
         remedy=advice,
     )
 
 
+def _shown_job(job: Job | None, trouble: str) -> dict[str, str] | None:
+    """Return what is shown of a job; of a scheduler that is silent, why nothing is known."""
+    if job is not None:
+        return {"id": job.id, "state": job.state, "reason": job.reason}
+    return {"id": "", "state": "unknown", "reason": trouble} if trouble else None
+
+
 def _failure(run: Run, folder: Path, state: NodeState, job: Job | None) -> str:
     """Return how a node ended that is over and not done, "" for any other."""
     if state.state not in ("stopped", "waiting") or (job is not None and job.is_alive):
+        return ""
+    if job is None and is_submitted_again(folder):
         return ""
     noted = failure_of(folder, job)
     if noted or state.state == "waiting":
@@ -204,23 +217,50 @@ class _Nodes:
         return state
 
 
+@dataclass(slots=True)
+class _Answer:
+    """What a scheduler said last of a run's jobs, or why nothing; asked again from `due` on."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    due: float = 0.0
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+    trouble: str = ""
+
+
 class _Jobs:
-    """What the schedulers said last; one question at a time, and not too many."""
+    """What the schedulers said last; one question at a time for a run, and not too many."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: dict[Path, tuple[float, Mapping[str, Job]]] = {}
+        self._answers: dict[Path, _Answer] = {}
 
-    def of(self, run: Run) -> Mapping[str, Job]:
-        """Return the run's jobs by node; none without a scheduler, or while it is silent."""
+    def of(self, run: Run) -> tuple[Mapping[str, Job], str]:
+        """Return the run's jobs by node, and why they are unknown where they are.
+
+        There are none without a scheduler. While another thread asks, the last answer counts.
+        """
         if run.config.launcher.kind is LauncherKind.local:
-            return {}
+            return {}, ""
         with self._lock:
-            asked, jobs = self._found.get(run.folder, (-JOBS_SECONDS, {}))
-            if time.monotonic() - asked > JOBS_SECONDS:
-                jobs = known_jobs(run.config, Console(quiet=True))
-                self._found[run.folder] = (time.monotonic(), jobs)
-            return jobs
+            answer = self._answers.setdefault(run.folder, _Answer())
+        if answer.lock.acquire(blocking=False):
+            try:
+                if time.monotonic() >= answer.due:
+                    _ask(run, answer)
+            finally:
+                answer.lock.release()
+        return answer.jobs, answer.trouble
+
+
+def _ask(run: Run, answer: _Answer) -> None:
+    try:
+        answer.jobs, answer.trouble = open_launcher(run.config).poll(), ""
+        answer.due = time.monotonic() + JOBS_SECONDS
+    except (RlhfError, OSError) as error:
+        if str(error) != answer.trouble:
+            log.warning("the jobs of run %s are unknown: %s", run.name, error)
+        answer.jobs, answer.trouble = {}, str(error)
+        answer.due = time.monotonic() + SILENT_SECONDS
 
 
 _FINISHED = _Nodes()

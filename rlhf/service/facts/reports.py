@@ -17,7 +17,7 @@ from rlhf.errors import RlhfError
 from rlhf.launch.local import PLAN
 from rlhf.report.gather import gather
 from rlhf.service.facts.cache import Cache
-from rlhf.service.facts.files import stamp, steadily
+from rlhf.service.facts.files import UNREADABLE, stamp, steadily
 from rlhf.service.facts.runs import Run
 from rlhf.service.problems import Problem
 from rlhf.service.state import State
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 MAX_REPORTS = 16
 """Reports that are kept in memory."""
-UNREADABLE = (AttributeError, FileNotFoundError, KeyError, RlhfError, TypeError, ValueError)
-"""What reading an artifact may end in that is damaged, or that another version wrote."""
 _REPORTS = Cache(MAX_REPORTS)
 
 
@@ -45,7 +43,7 @@ def run_report(state: State, run: Run) -> dict[str, Any]:
         found: dict[str, Any] = _REPORTS.get(
             run.folder, mark, lambda: steadily(lambda: gather(run.folder, store=store))
         )
-    except UNREADABLE as error:
+    except (*UNREADABLE, AttributeError) as error:
         if _mark(run, store) != mark:
             raise Problem(
                 HTTPStatus.SERVICE_UNAVAILABLE,

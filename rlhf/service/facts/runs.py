@@ -12,10 +12,10 @@ from rlhf import runner
 from rlhf.compose import RUN_FILE, load_frozen
 from rlhf.compose import known_runs as started_runs
 from rlhf.config import Config
-from rlhf.errors import ArtifactError, RlhfError
+from rlhf.errors import ArtifactError
 from rlhf.launch.local import PLAN
 from rlhf.plan import Plan
-from rlhf.service.facts.files import Stamp, not_found, stamp, steadily
+from rlhf.service.facts.files import UNREADABLE, Stamp, not_found, stamp, steadily
 from rlhf.service.problems import Problem
 from rlhf.service.state import State
 from rlhf.versions import Version, list_versions
@@ -61,7 +61,7 @@ def open_runs(state: State) -> list[Run]:
     """Return the runs that can be read, by name; the overview says why another one cannot."""
     found = []
     for name in known_runs(state):
-        with suppress(RlhfError):
+        with suppress(*UNREADABLE):
             found.append(open_known(state, name))
     return found
 

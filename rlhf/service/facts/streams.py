@@ -17,6 +17,7 @@ from rlhf.service.facts.checks import Manifests
 from rlhf.service.facts.files import finite, not_found, rows, steadily
 from rlhf.service.facts.runs import Run, open_runs
 from rlhf.service.state import State
+from rlhf.supply import reads_store
 
 MAX_ROWS = 100
 """Refused and excluded rows that a batch's report holds; the store's files hold them all."""
@@ -86,7 +87,11 @@ def list_batches(
     `runs` are the open runs, where the caller has them.
     """
     store = open_stream(state, stream)
-    readers = _readers(open_runs(state) if runs is None else runs, store)
+    readers = [
+        run
+        for run in (open_runs(state) if runs is None else runs)
+        if reads_store(run.config, store)
+    ]
     entries = {kind: _entries(store, kind) for kind in FOLDERS}
     found = [
         (manifest["sequence"], kind, id, manifest)
@@ -116,7 +121,7 @@ def batch_report(state: State, stream: str, id: str, *, kind: str | None = None)
     manifest, folder = entries[which][id], store.path(which, id)
     originals = _originals(entries.get(Kind.batch, {}))
     is_original = which is Kind.batch and id in originals
-    readers = _readers(open_runs(state), store)
+    readers = [run for run in open_runs(state) if reads_store(run.config, store)]
     return {
         "manifest": finite({name: value for name, value in manifest.items() if name != "files"}),
         "drift": checks.drift(store, originals, id)["report"] if is_original else None,
@@ -144,16 +149,6 @@ def _names(state: State) -> list[str]:
     return [path.name for path in folders if (path / "stream.json").is_file()]
 
 
-def _readers(runs: Sequence[Run], store: Store) -> list[Run]:
-    """Return the runs that read a stream of this very store."""
-    here = store.root.resolve()
-    return [
-        run
-        for run in runs
-        if run.config.data.stream == store.stream and Path(run.config.paths.store).resolve() == here
-    ]
-
-
 def _stream(state: State, name: str, runs: Sequence[Run]) -> StreamRow:
     store = Store(state.store, name)
     entries = {kind: _entries(store, kind) for kind in FOLDERS}
@@ -170,7 +165,7 @@ def _stream(state: State, name: str, runs: Sequence[Run]) -> StreamRow:
         ingested=batches[newest]["ingested"] if newest else "",
         heldout_share=split["heldout_share"],
         withdrawals=sum(1 for _ in (store.folder / TOMBSTONES).glob("[0-9]*.json")),
-        runs=[run.name for run in _readers(runs, store)],
+        runs=[run.name for run in runs if reads_store(run.config, store)],
     )
 
 

@@ -10,10 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rlhf.artifacts import MANIFEST
-from rlhf.errors import RlhfError
 from rlhf.runner import within_limit
 from rlhf.service.facts.cache import Cache
-from rlhf.service.facts.files import stamp
+from rlhf.service.facts.files import UNREADABLE, stamp
 from rlhf.service.facts.logs import has_ended_early
 from rlhf.service.facts.nodes import NodeRow, node_rows
 from rlhf.service.facts.runs import MAX_OPEN, Run, known_runs, open_known, run_versions
@@ -75,10 +74,11 @@ def list_runs(state: State, *, names: Sequence[str] | None = None) -> list[RunSu
         except Problem:
             # It was deleted meanwhile.
             continue
-        except RlhfError as error:
+        except UNREADABLE as error:
             log.warning("run %s cannot be read: %s", name, error)
             counts = dict.fromkeys(STATES, 0)
-            found.append(RunSummary(name, "", "", 0, counts, "", None, None, problem=str(error)))
+            reason = str(error) or type(error).__name__
+            found.append(RunSummary(name, "", "", 0, counts, "", None, None, problem=reason))
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.data import files
 from rlhf.data.files import RowError, file_format, read_objects
-from rlhf.errors import DataError
+from rlhf.errors import ArtifactError, DataError
 
 
 def read(path: Path) -> list[tuple[int, Any]]:
@@ -121,3 +121,23 @@ def test_missing_empty_and_misnamed_files(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text(json.dumps({"a": 1}))
     with pytest.raises(DataError, match="not a complete Parquet file"):
         read(tmp_path / "b.parquet")
+
+
+def test_what_the_machine_cannot_read_is_no_bad_file() -> None:
+    # Nothing lies at the beginning of a process's memory: the system says EIO.
+    with pytest.raises(ArtifactError, match=r"cannot be read \(Input/output error\); try again"):
+        read(Path("/proc/self/mem"))
+
+
+def test_a_machine_that_fails_in_the_middle_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n')
+
+    def failing(read: Any, tell: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "_read_lines", failing)
+    with pytest.raises(ArtifactError, match=r"cannot be read .*; try again"):
+        read(path)
