@@ -68,5 +68,5 @@ class HfScorer:
         device = self._model.device
         input_ids_BL = pad_right(rows, self._tokenizer.pad_token_id).to(device)
         attention_mask_BL = pad_right([[1] * len(row) for row in rows], 0).to(device)
-        scores_B = scores_of(self._model, self._model.score, input_ids_BL, attention_mask_BL)
+        scores_B = scores_of(self._model, input_ids_BL, attention_mask_BL)
         return scores_B.float().cpu()

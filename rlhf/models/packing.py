@@ -128,16 +128,19 @@ def arrange(model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Rows
     return Rows(inputs, places_BL)
 
 
-def scores_of(model: Any, head: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+def scores_of(
+    model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor, *, wrapped: Any = None
+) -> Tensor:
     """Return what a scorer says of right-padded rows [B], read off their last tokens.
 
-    `head` is the score head inside `model`, whose own choice of a token knows no groups.
+    The scorer's own choice of a token knows no groups. `wrapped` is called in its place, where
+    several processes train it.
     """
     rows = arrange(model, input_ids_BL, attention_mask_BL)
     of_tokens: list[Tensor] = []
-    handle = head.register_forward_hook(lambda *call: of_tokens.append(call[-1]))
+    handle = model.score.register_forward_hook(lambda *call: of_tokens.append(call[-1]))
     try:
-        model(**rows.inputs, use_cache=False)
+        (wrapped or model)(**rows.inputs, use_cache=False)
     finally:
         handle.remove()
     last_B1 = attention_mask_BL.sum(1, keepdim=True) - 1

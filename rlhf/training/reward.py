@@ -77,7 +77,7 @@ class RankingTrainer(StepTrainer, RewardTrainer):
     def micro_loss(self, model: nn.Module, inputs: Micro, counts: Mapping[str, int]) -> Tensor:
         """Sum the ranking losses over the pair count; add the weighted auxiliary loss."""
         scores_2B = scores_of(
-            model, self.model.score, inputs["input_ids"], inputs["attention_mask"]
+            self.model, inputs["input_ids"], inputs["attention_mask"], wrapped=model
         )
         chosen_B, rejected_B = scores_2B.chunk(2)
         num_pairs = counts["pairs"]

@@ -104,9 +104,9 @@ def test_scores_are_those_of_the_library() -> None:
     model = micro.scorer()
     model.config.pad_token_id = micro.PAD
     ids, mask = rectangle(rows())
-    packed = scores_of(model, model.score, ids, mask)
+    packed = scores_of(model, ids, mask)
     model.config._attn_implementation = "sdpa"
-    rectangular = scores_of(model, model.score, ids, mask)
+    rectangular = scores_of(model, ids, mask)
     library = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     torch.testing.assert_close(rectangular, library, rtol=0, atol=0)
     torch.testing.assert_close(packed, library, rtol=1e-5, atol=1e-6)
