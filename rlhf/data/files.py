@@ -19,9 +19,9 @@ PARQUET_MAGIC = b"PAR1"
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_VALUE_CHARS = 80
+"""Length of a value that is quoted in a message."""
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 """What a wrong path leads to; any other trouble with a file is the machine's."""
-"""Length of a value that is quoted in a message."""
 
 BLOCK_BYTES = 4 << 20
 """Part of a text file that is held at a time; lines are never cut."""
