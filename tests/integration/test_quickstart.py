@@ -101,6 +101,7 @@ def test_run_folder_holds_the_nodes_and_the_frozen_plan(tiny: TinyRun) -> None:
     assert names == frozen | {
         *("sft", "round-01", "round-02"),
         *("versions.json", "report.json", "report.html", "estimate.json", "server.log"),
+        "run.lock",
     }
     assert {path.name for path in tiny.root.iterdir()} == {
         *("runs", "store"),
