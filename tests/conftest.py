@@ -19,6 +19,24 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+LONG = (
+    *("browser", "distributed", "integration", "faults", "service"),
+    *("unit/test_runner.py", "unit/test_compose.py", "unit/training", "unit/stages"),
+)
+"""What takes longest comes first, so that no process of several waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files, those of LONG first; the tests of a file stay together."""
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONG)}
+
+    def rank_of(item: pytest.Item) -> int:
+        found = (ranks[path] for path in (item.path, *item.path.parents) if path in ranks)
+        return next(found, len(LONG))
+
+    items.sort(key=rank_of)
+
+
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give processes that tests start this checkout, and nothing of the caller's settings."""
