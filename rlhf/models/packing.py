@@ -27,7 +27,7 @@ ATTENTION = "rlhf_grouped"
 """The name that the attention of this module has among those of transformers."""
 
 GROUP_TOKENS = 16
-"""Padding of a group whose computation takes as long as attention to one more group."""
+"""Padding that a group may have: an estimate, not a measurement, of what one more group costs."""
 
 
 def grouped_attention(
@@ -69,7 +69,7 @@ def let_pack(model: Any) -> None:
 
 
 def can_pack(model: Any) -> bool:
-    """Tell whether a model takes packed rows; on GPUs rectangles are faster than many groups."""
+    """Tell whether a model takes packed rows; on GPUs, where nobody has tried them, none does."""
     takes_them: bool = model.config._attn_implementation == ATTENTION
     return takes_them and model.device.type == "cpu"
 
